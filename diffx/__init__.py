@@ -1,0 +1,36 @@
+"""diffx: sample better, distil and condition with Diffusers; ``import diffx`` makes its classes known to Diffusers."""
+
+import importlib
+import sys
+from typing import Any
+
+import diffusers.pipelines
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Imported on first use, so that ``import diffx`` stays cheap.
+_PUBLIC = {
+    "DDIM": "diffx.schedulers",
+    "DPMSolver": "diffx.schedulers",
+    "Euler": "diffx.schedulers",
+    "Row": "diffx.schedulers",
+    "Table": "diffx.schedulers",
+    "TableScheduler": "diffx.schedulers",
+    "UniPC": "diffx.schedulers",
+}
+__all__ = ["DDIM", "DPMSolver", "Euler", "Row", "Table", "TableScheduler", "UniPC"]  # noqa: F822  # served by __getattr__
+
+# Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
+setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "SchedulerMixin":  # Diffusers asks the library of a component for its base classes
+        return importlib.import_module("diffusers").SchedulerMixin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

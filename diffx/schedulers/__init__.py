@@ -1,0 +1,28 @@
+"""How to sample: every solver is a table of coefficients, stepped by one function, in Diffusers' scheduler contract."""
+
+from .multistep import DPMSolver
+from .one_step import DDIM, Euler
+from .plan import Call, Plan
+from .scheduler import StepOutput, TableScheduler
+from .table import Row, State, Table, advance
+from .unipc import UniPC
+
+SAMPLERS = (DDIM, Euler, DPMSolver, UniPC)
+for _sampler in SAMPLERS:
+    _sampler.__module__ = "diffx"  # the name Diffusers writes into model_index.json, whatever file the class lives in
+
+__all__ = [
+    "DDIM",
+    "SAMPLERS",
+    "Call",
+    "DPMSolver",
+    "Euler",
+    "Plan",
+    "Row",
+    "State",
+    "StepOutput",
+    "Table",
+    "TableScheduler",
+    "UniPC",
+    "advance",
+]

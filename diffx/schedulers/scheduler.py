@@ -1,0 +1,396 @@
+"""The Diffusers scheduler contract on top of process, grid, table and noise: one class, of which every solver is a few lines."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .grid import Convention, Grid, make_grid
+from .noise import keyed_normal, seeds_of
+from .plan import Plan, make_plan
+from .process import Frame, Process, cumulative_alphas, is_flow, make_betas, make_process
+from .table import State, Table, advance, combine
+
+# Every option that describes a model or a grid, by Diffusers' names and with its defaults. A class adds its twin's own.
+COMMON: dict[str, Any] = dict(
+    num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
+    prediction_type="epsilon", rescale_betas_zero_snr=False,
+    timestep_spacing="linspace", steps_offset=0, timestep_type="discrete", interpolation_type="linear", final_sigmas_type="zero",
+    use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False,
+    sigma_min=None, sigma_max=None, lambda_min_clipped=-math.inf,
+    use_flow_sigmas=False, shift=1.0, flow_shift=1.0, shift_terminal=None, invert_sigmas=False, stochastic_sampling=False,
+    use_dynamic_shifting=False, time_shift_type="exponential",
+    base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+)  # fmt: skip
+# Options only diffx has. They enter a config only where given, so that stock classes read our configs without a warning.
+OWN: dict[str, Any] = dict(seed=None, check_finite=False)
+
+
+@dataclass
+class StepOutput(BaseOutput):
+    """The next sample, and the clean sample the network predicts, both in the dtype of the network's output."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+@dataclass
+class Run:
+    """One pass through (a tail of) the grid: the table made for the calls from ``begin`` on, and what it remembers."""
+
+    begin: int
+    table: Table
+    state: State
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of step that the table was made with
+    seeds: tuple[int, ...] | None = None  # of the samples, once a row asked for noise that nobody else seeds
+
+    @property
+    def index(self) -> int:
+        return self.begin + self.state.call
+
+
+class TableScheduler(SchedulerMixin, ConfigMixin):
+    """Base of every diffx scheduler; a drop-in for Diffusers pipelines of epsilon, sample, v and flow models.
+
+    A subclass names its options (Diffusers' keywords and defaults of its twin), its frame and grid convention, and makes the
+    table of a run; nothing else. See CONTRIBUTING for an example in ten lines.
+
+    Options besides Diffusers' own:
+        seed: whole number, or one per sample, that keys the noise of stochastic solvers in pipelines that hand no generator to
+            ``step``. Without it the key is a checksum of each sample's first latent, hence of ``pipe(generator=...)``.
+        check_finite: raise at the first network output that holds NaN or infinity (reads the device at every step).
+    """
+
+    config_name = "scheduler_config.json"
+    _compatibles: ClassVar[list[str]] = [
+        e.name for e in KarrasDiffusionSchedulers if e.name != "DPMSolverSDEScheduler"
+    ]  # that one needs torchsde
+    order = 1  # network calls per interval, in Diffusers' sense of the word
+    frame: ClassVar[Frame] = "vp"
+    convention: ClassVar[Convention] = Convention()
+    zero_snr: ClassVar[float] = 2.0**-24
+    options: ClassVar[dict[str, Any]] = COMMON
+    own_options: ClassVar[dict[str, Any]] = OWN
+
+    def __init_subclass__(cls, options: dict[str, Any] | None = None, own: dict[str, Any] | None = None) -> None:
+        """Collect the options and show them as the signature of ``__init__``, which Diffusers' config loading inspects."""
+        super().__init_subclass__()
+        cls.options = cls.options | (options or {})
+        cls.own_options = cls.own_options | (own or {})
+
+        def init(self, **given: Any) -> None:
+            TableScheduler._init(self, given)
+
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        keywords = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in (cls.options | cls.own_options).items()]
+        init.__signature__ = inspect.Signature([first, *keywords])  # type: ignore[attr-defined]  # functions accept the attribute
+        cls.__init__ = init  # type: ignore[method-assign]  # one body, a signature per class
+
+    def _init(self, given: dict[str, Any]) -> None:
+        private = {k: v for k, v in given.items() if k.startswith("_")}  # they ride along unread, as in Diffusers
+        public = {k: v for k, v in given.items() if k not in private}
+        _refuse_unknown(type(self).__name__, public, self.options | self.own_options)
+        own = {k: v for k, v in public.items() if k in self.own_options and v != self.own_options[k]}
+        stock = {k: v for k, v in public.items() if k in self.options}
+        defaulted = [k for k in self.options if k not in stock]
+        self.register_to_config(**{**private, **self.options, **stock, **own, "_use_default_values": defaulted})
+        self._process = self._make_process()
+        self._check_options()
+        self.betas = make_betas(self.config)
+        self.alphas_cumprod = cumulative_alphas(self.betas)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
+        sigmas = self._process.sigma_at(np.arange(self.config.num_train_timesteps))[::-1]
+        self.sigmas = torch.tensor(np.append(sigmas, 0.0), dtype=torch.float32)
+        self._grid: Grid | None = None
+        self._begin_index: int | None = None
+        self._run: Run | None = None
+        self._retired: list[Tensor] = []
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """A scheduler for the model that a Diffusers scheduler config describes; ``kwargs`` override single options.
+
+        A flow config stays one, whichever class it came from.
+
+        Raises:
+            ValueError: an option that this class does not have (with the nearest name), or a config for networks with
+                EDM preconditioning (``sigma_data``), which none of our classes serves.
+        """
+        if config is None or isinstance(config, str):
+            raise ValueError(f"from_config takes the config of a scheduler, e.g. {cls.__name__}.from_config(pipe.scheduler.config)")
+        if "sigma_data" in config:
+            raise ValueError("this config is for networks with EDM preconditioning (sigma_data), which diffx does not sample")
+        _refuse_unknown(cls.__name__, {k: v for k, v in kwargs.items() if not k.startswith("_")}, cls.options | cls.own_options)
+        inferred = is_flow({**config, **kwargs}) and "prediction_type" not in kwargs
+        if inferred:
+            kwargs["prediction_type"] = "flow_prediction"
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        if inferred and ("beta_schedule" not in config or "prediction_type" in config.get("_use_default_values", ())):
+            # Stock flow schedulers have no such key: mark it as one they need not see when the config goes back to them.
+            scheduler.register_to_config(_use_default_values=[*scheduler.config["_use_default_values"], "prediction_type"])
+        return made
+
+    def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, **run_options: Any) -> Table:
+        """The table of the calls ``begin`` .. N - 1; ``alpha, sigma`` (N + 1,) are the levels of the whole grid."""
+        raise NotImplementedError
+
+    def _read_run_options(self) -> None:
+        """Keep the options that every step needs; called by ``set_timesteps``, since pipelines rewrite the config before it."""
+        self._check_finite = bool(self.config.get("check_finite"))
+
+    def _check_options(self) -> None:
+        """Refuse, at construction, option values that could only fail later."""
+        if self.config.stochastic_sampling:
+            raise ValueError("stochastic_sampling=True is not supported; use DPMSolver(algorithm_type='sde-dpmsolver++')")
+
+    def _make_process(self) -> Process:
+        return make_process(self.config, self.frame, zero_snr=self.zero_snr)
+
+    def _grid_config(self) -> Mapping[str, Any]:
+        """The config in the words of ``grid``."""
+        return self.config
+
+    # --- before the run ---------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Choose the times of the next run and forget the last one. See ``grid.make_grid`` for the arguments and errors."""
+        self._process = self._make_process()  # read now: pipelines rewrite the config after construction
+        self._grid = grid = make_grid(self._process, self.convention, self._grid_config(), num_inference_steps, timesteps, sigmas, mu)
+        self.num_inference_steps = len(grid.t)
+        flow = self._process.frame == "flow"
+        dtype = torch.int64 if self.convention.whole_t and not flow and np.array_equal(grid.t, np.round(grid.t)) else torch.float32
+        self._retired = [*self._retired[-3:], self.timesteps]
+        self.timesteps = torch.tensor(grid.t, dtype=dtype).to(device)
+        # Diffusers keeps sigmas on the host, but for its flow schedulers.
+        self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32).to(device if flow else "cpu")
+        self._levels = self._process.levels(grid.sigmas)
+        self._x0_weights = [self._process.x0_weights(a, s) for a, s in zip(*(level[:-1].tolist() for level in self._levels), strict=True)]
+        self._read_run_options()
+        self._begin_index, self._run = None, None
+        self._table(0)  # an impossible run is refused here, not after the first network call
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the run at this index of ``timesteps`` (img2img)."""
+        if self._grid is not None and not 0 <= begin_index < len(self._grid.t):
+            raise ValueError(f"begin_index={begin_index} must lie between 0 and {len(self._grid.t) - 1}")
+        self._begin_index = begin_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next call, None before the first one."""
+        return None if self._run is None else self._run.index
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation that pipelines give the initial latents."""
+        if self._process.frame != "ve":
+            return 1.0
+        top = float(self.sigmas.max())
+        return top if self.config.timestep_spacing in ("linspace", "trailing") else math.hypot(top, 1.0)
+
+    def plan(self, begin_index: int = 0) -> Plan:
+        """The whole run from ``begin_index`` on, before it starts: one line per network call; ``print(scheduler.plan())``."""
+        grid = self._require_grid()
+        return make_plan(type(self).__name__, grid, self._table(begin_index), begin_index)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """What the network is fed: in the VE frame sample / sqrt(edm_sigma^2 + 1) at the coming call, else the sample itself."""
+        if self._process.frame != "ve":
+            return sample
+        index = self._index(timestep) if timestep is not None else self._expected()
+        return sample * (1 / math.hypot(1.0, self._require_grid().sigmas[index]))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """The next sample after one network call, and the predicted clean sample.
+
+        Args:
+            model_output, sample: (B, ...) what the network returned, and the unscaled sample it was called on.
+            timestep: an element of ``timesteps``, or its value. A plain number that is not the next time takes the nearest row
+                as a single step without history.
+            generator: draws the noise of stochastic solvers; without it the noise is keyed by sample and call.
+            variance_noise: the noise itself, instead of drawing it.
+
+        Raises:
+            ValueError: a step out of order or past the end, no ``set_timesteps`` yet, or tensors that do not fit each other.
+        """
+        return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {})
+
+    def _step(self, out: Tensor, timestep, x: Tensor, generator, variance_noise, return_dict: bool, run_options: dict[str, Any]):
+        index = self._index(timestep)
+        run = self._run
+        if run is None or index != run.index:
+            run = self._start_or_refuse(index, timestep, run_options)
+        dtype = out.dtype
+        # numel stands for the shape: comparing shapes costs half a kernel, and every mismatch that would broadcast differs here
+        if not run.state.call or out.numel() != x.numel() or out.device != x.device:
+            out = self._fitted(out, x)
+        if x.dtype in _HALF:
+            x = x.float()
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
+        if self._check_finite and not torch.isfinite(out).all():
+            raise ValueError(f"the network's output at call {index} (t={float(timestep):g}) holds NaN or infinity")
+        x0 = self._map_x0(combine(self._x0_weights[index], x, (out,)))
+
+        sample, run.state = advance(run.table, run.state, x, x0, lambda: self._draw(run, index, x, dtype, generator, variance_noise))
+        if sample.dtype != dtype:
+            sample, x0 = sample.to(dtype), x0.to(dtype)
+        return StepOutput(prev_sample=sample, pred_original_sample=x0) if return_dict else (sample, x0)
+
+    def _map_x0(self, x0: Tensor) -> Tensor:
+        """A map applied to every prediction of the clean sample, such as clipping."""
+        return x0
+
+    def _draw(self, run: Run, index: int, x: Tensor, dtype: torch.dtype, generator, variance_noise: Tensor | None) -> Tensor:
+        if variance_noise is not None:
+            return variance_noise.to(x)
+        if generator is not None:
+            return randn_tensor(x.shape, generator=generator, device=x.device, dtype=self._noise_dtype(dtype)).to(x.dtype)
+        if run.seeds is None:
+            run.seeds = seeds_of(x, self.config.get("seed"))
+        return keyed_normal(run.seeds, index, x.shape).to(x)
+
+    def _noise_dtype(self, output_dtype: torch.dtype) -> torch.dtype:
+        """In which the twin draws from a generator."""
+        return torch.float32
+
+    # --- which call is this -----------------------------------------------------------------------------------------
+
+    def _index(self, timestep: float | Tensor) -> int:
+        """Index of ``timestep`` in the grid. For a view of our own ``timesteps`` it is the storage offset: no device is read."""
+        if isinstance(timestep, Tensor):
+            if timestep._base is self.timesteps and self._grid is not None:
+                return timestep.storage_offset()
+            storage = timestep.untyped_storage()._cdata  # views made in inference mode do not name their base
+            if storage == self.timesteps.untyped_storage()._cdata and self._grid is not None:
+                return timestep.storage_offset()
+            if any(storage == old.untyped_storage()._cdata for old in self._retired):
+                raise ValueError(
+                    "this timestep belongs to an earlier set_timesteps(): two runs are using one scheduler; give each its own copy"
+                )
+        times = self._require_grid().t
+        value = float(timestep)
+        expected = self._expected()
+        if expected < len(times) and math.isclose(value, times[expected], rel_tol=1e-6, abs_tol=1e-6):
+            return expected
+        index = int(np.abs(times - value).argmin())
+        if isinstance(timestep, Tensor) and not math.isclose(value, times[index], rel_tol=1e-6, abs_tol=1e-6):
+            raise ValueError(f"timestep {value:g} is not among the {len(times)} times of this run; set_timesteps() chooses them")
+        return index
+
+    def _expected(self) -> int:
+        return self._run.index if self._run is not None else self._begin_index or 0
+
+    def _start_or_refuse(self, index: int, timestep, run_options: dict[str, Any]) -> Run:
+        """A new run from ``index``; a plain number out of order gets a run of its own that nobody continues."""
+        calls = len(self._require_grid().t)
+        begin = self._begin_index
+        if self._run is None and begin in (None, index):
+            self._run = Run(index, self._table(index, **run_options), State(), run_options)
+            return self._run
+        if not isinstance(timestep, Tensor):
+            return Run(index, self._table(index, **run_options), State())
+        expected = self._expected()
+        if expected == calls:
+            raise ValueError(f"all {calls} steps of this run are done; call set_timesteps() to start a new run")
+        raise ValueError(
+            f"step out of order: got index {index} (t={self._grid.t[index]:g}), expected index {expected} "  # type: ignore[union-attr]
+            f"(t={self._grid.t[expected]:g}); one scheduler serves one run at a time, and set_timesteps() starts a new one"  # type: ignore[union-attr]
+        )
+
+    def _table(self, begin: int, **run_options: Any) -> Table:
+        alpha, sigma = self._levels
+        return self._rows(alpha, sigma, begin, **run_options)
+
+    def _require_grid(self) -> Grid:
+        if self._grid is None:
+            raise ValueError("call set_timesteps() first: this scheduler has no run yet")
+        return self._grid
+
+    def _fitted(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out`` without predicted variances, or an error that says what does not fit."""
+        if self.config.get("variance_type") in ("learned", "learned_range") and out.shape[1] == 2 * x.shape[1]:
+            out = out[:, : x.shape[1]]
+        if out.shape != x.shape:
+            raise ValueError(f"model_output has shape {tuple(out.shape)}, sample {tuple(x.shape)}; they must be equal")
+        if out.device != x.device:
+            raise ValueError(f"model_output is on {out.device}, sample on {x.device}; move one of them")
+        if not out.dtype.is_floating_point or not x.dtype.is_floating_point:
+            raise ValueError(f"model_output has dtype {out.dtype}, sample {x.dtype}; both must be floating point")
+        return out
+
+    # --- the forward process ----------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """(B, ...) alpha x0 + sigma noise in this scheduler's frame.
+
+        In a run that a pipeline placed with ``set_begin_index`` the level is that of the coming call, as in Diffusers;
+        otherwise ``timesteps`` (B,) are looked up, in the run's grid if they are of it, else among all training times.
+        """
+        if self._begin_index is not None and self._grid is not None:
+            index = min(self._expected(), len(self._grid.t))
+            alpha, sigma = (float(level[index]) for level in self._levels)
+            return combine((alpha, sigma), original_samples, (noise.to(original_samples.dtype),))
+        alpha, sigma = self._levels_at(timesteps)
+        shape = (-1, *(1,) * (original_samples.ndim - 1))
+        return alpha.to(original_samples).reshape(shape) * original_samples + sigma.to(original_samples).reshape(shape) * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """``add_noise`` with the argument order of Diffusers' flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def _levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        t = timesteps.detach().to("cpu", torch.float64).reshape(-1).numpy()
+        sigmas = self._process.sigma_at(t)
+        if self._grid is not None:
+            near = np.abs(self._grid.t[None] - t[:, None]).argmin(1)
+            sigmas = np.where(np.isclose(self._grid.t[near], t, rtol=1e-6), self._grid.sigmas[near], sigmas)
+        alpha, sigma = self._process.levels(sigmas)
+        return torch.from_numpy(alpha), torch.from_numpy(sigma)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _refuse_unknown(name: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    for option in given:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(sorted(known))}"
+            raise ValueError(f"{name} has no option {option!r}; {hint}")
