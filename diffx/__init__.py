@@ -18,7 +18,7 @@ _PUBLIC = {
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
 }
-__all__ = ["DDIM", "DPMSolver", "Euler", "Row", "Table", "TableScheduler", "UniPC"]  # noqa: F822  # served by __getattr__
+__all__ = ["DDIM", "DPMSolver", "Euler", "Row", "Table", "TableScheduler", "UniPC"]  # served by __getattr__
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
 setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute

@@ -100,7 +100,7 @@ class DPMSolver(
     def _check_options(self) -> None:
         super()._check_options()
         config = self.config
-        if config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
+        if config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++", "deis"):  # the twin reads DEIS's word as dpmsolver++
             raise ValueError(f"algorithm_type={config.algorithm_type!r} is not one of dpmsolver++, sde-dpmsolver++")
         if config.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order={config.solver_order} must be 1, 2 or 3")
@@ -121,8 +121,8 @@ class DPMSolver(
             sigma,
             orders,
             stochastic=config.algorithm_type == "sde-dpmsolver++",
-            # from_config may bring another solver's word here; the twin reads it as midpoint too
-            solver_type="heun" if config.solver_type == "heun" else "midpoint",
+            # from_config may bring another class's word, which the twin reads as midpoint too.
+            solver_type="midpoint" if config.solver_type in ("logrho", "bh1", "bh2") else config.solver_type,
             stock_third_order=bool(config.get("stock_third_order")),
         )
         return Table(alpha, sigma, tuple(rows))

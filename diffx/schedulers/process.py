@@ -135,6 +135,8 @@ def make_betas(config: Mapping[str, Any]) -> torch.Tensor:
     start, end, steps = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
         betas = torch.tensor(np.asarray(config["trained_betas"]), dtype=torch.float32)
+        if len(betas) != steps:
+            raise ValueError(f"trained_betas has {len(betas)} numbers, num_train_timesteps is {steps}; they must agree")
     else:
         match config["beta_schedule"]:
             case "linear":

@@ -54,7 +54,8 @@ def _update(alpha, sigma, lam, i: int, order: int, solver_type: str, *, correcto
         return 0.0, float(alpha[i + 1])
     h = lam[i + 1] - lam[i]
     nodes = np.array([(lam[i - q] - lam[i]) / h for q in range(1, order)] + ([1.0] if corrector else []))
-    shape_factor = -h if solver_type == "bh1" else math.expm1(-h)
+    # From pure noise (alpha = 0) h is infinite, and B(h) = h with it.
+    shape_factor = -h if solver_type == "bh1" and math.isfinite(h) else math.expm1(-h)
     if len(nodes) == 1 and (not corrector or order == 1):
         rho = np.array([0.5])  # the paper's choice: with one node B(h) cancels to first order
     else:
@@ -104,7 +105,7 @@ class UniPC(
         last = [calls - k if config.lower_order_final else config.solver_order for k in range(begin, calls)]
         orders = [min(config.solver_order, i + 1, most) for i, most in enumerate(last)]
         uncorrected = {k + 1 - begin for k in config.disable_corrector}  # the twin names the interval before the call
-        # from_config may bring another solver's word here; the twin reads it as bh2 too
-        solver_type = "bh1" if config.solver_type == "bh1" else "bh2"
+        # from_config may bring another class's word, which the twin reads as bh2 too.
+        solver_type = "bh2" if config.solver_type in ("midpoint", "heun", "logrho") else config.solver_type
         rows = unipc(alpha[begin:], sigma[begin:], orders, solver_type=solver_type, uncorrected=uncorrected)
         return Table(alpha[begin:], sigma[begin:], tuple(rows))

@@ -1,0 +1,74 @@
+"""The one step there is, and the tables it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffx import Row, Table
+from diffx.schedulers import State, advance
+from diffx.schedulers.multistep import psi
+from diffx.schedulers.table import combine
+
+
+def never():
+    raise AssertionError("this row draws no noise")
+
+
+def test_combine_counts_only_weights_that_are_not_zero():
+    x, m = torch.tensor([2.0]), torch.tensor([5.0])
+    assert combine((0.5, 2.0, 0.0), x, (m, m)).item() == 11
+    assert combine((1.0,), x, ()) is x and combine((0.0, 1.0), x, (m,)) is m  # no kernel, no copy
+    assert combine((1.0, 2.0), x, (m,)).item() == 12 and x.item() == 2  # inputs stay as they were
+
+
+def test_a_kept_anchor_ignores_edits_and_a_followed_one_takes_them():
+    levels = np.array([1.0, 1.0, 1.0]), np.array([4.0, 2.0, 1.0])
+    follow = Row((0.5, 0.5))
+    kept = Table(*levels, (Row((0.5, 0.5), (1.0,)), Row((0.25, 0.75))))
+    followed = Table(*levels, (follow, follow))
+    for table, expected in ((kept, 0.25 * 8), (followed, 0.5 * 100)):
+        x, zero = torch.tensor([8.0]), torch.zeros(1)
+        _, state = advance(table, State(), x, zero, never)
+        sample, _ = advance(table, state, torch.tensor([100.0]), zero, never)
+        assert sample.item() == expected
+
+
+def test_noise_enters_with_its_weight():
+    table = Table(np.ones(2), np.array([2.0, 1.0]), (Row((0.0, 1.0), noise=1.0),))
+    sample, _ = advance(table, State(), torch.tensor([9.0]), torch.tensor([3.0]), lambda: torch.tensor([0.25]))
+    assert sample.item() == 3.25
+
+
+def test_past_the_last_row():
+    table = Table(np.ones(2), np.array([2.0, 0.0]), (Row((0.0, 1.0)),))
+    x = torch.ones(1)
+    _, state = advance(table, State(), x, x, never)
+    with pytest.raises(ValueError, match=r"all 1 rows are used; call set_timesteps\(\)"):
+        advance(table, state, x, x, never)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ((), "0 rows need 1 noise levels"),
+        ((Row((0.5, 0.5)), Row((0.5, 0.5))), "2 rows need 3 noise levels"),
+        ((Row((0.5, 0.4)),), "row 0 lands on alpha=0.9"),
+        ((Row((0.6, 0.4)),), r"row 0 lands on alpha=1, sigma\^2=1.44"),
+        ((Row((float("nan"), 0.5)),), "row 0 lands on alpha=nan"),
+        ((Row((0.0, 1.0), (1.0,), noise=1.0),), "row 0 keeps an anchor and adds noise"),
+    ],
+)
+def test_tables_that_are_no_run(rows, message):
+    levels = np.ones(2), np.array([2.0, 1.0])
+    Table(*levels, (Row((0.5, 0.5)),))
+    with pytest.raises(ValueError, match=message):
+        Table(*levels, rows)
+
+
+@pytest.mark.parametrize("h", [1e-6, 1e-3, 0.00999, 0.01001, 0.3, 5.0, np.inf])
+def test_psi_is_its_integral(h):
+    # Gauss-Legendre with 60 nodes is exact to rounding for these; at infinite h all the weight sits at the end, u = h.
+    u, w = np.polynomial.legendre.leggauss(60)
+    s = (u + 1) / 2
+    integral = [(w / 2 * h * np.exp(-h * (1 - s)) * f).sum() for f in (1, s, s**2 / 2)] if np.isfinite(h) else [1, 1, 0.5]
+    np.testing.assert_allclose(psi(h), integral, rtol=2e-9)  # cancellation in 1/2 - psi_2 / h at h = 0.01
