@@ -61,6 +61,13 @@ class DDIM(
 
     zero_snr = 0.0
 
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """As the base class's; the config of a scheduler that knows no clipping brings none (its x0 may be unbounded latents)."""
+        if config is not None and not isinstance(config, str) and "clip_sample" not in config:
+            kwargs.setdefault("clip_sample", False)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def _check_options(self) -> None:
         super()._check_options()
         if self.config.thresholding:

@@ -87,15 +87,15 @@ class UniPC(
         thresholding=False, dynamic_thresholding_ratio=0.995, sample_max_value=1.0,
     ),
 ):  # fmt: skip
-    """UniPC with predictor order 1 to 3 (or more); the drop-in for ``UniPCMultistepScheduler``. One network call per step."""
+    """UniPC with predictor order 1 to 3; the drop-in for ``UniPCMultistepScheduler``. One network call per step."""
 
     convention = Convention(ends_on_point=True)
 
     def _check_options(self) -> None:
         super()._check_options()
         config = self.config
-        if config.solver_order < 1:
-            raise ValueError(f"solver_order={config.solver_order} must be at least 1")
+        if config.solver_order not in (1, 2, 3):
+            raise ValueError(f"solver_order={config.solver_order} must be 1, 2 or 3")
         for option, only in {"predict_x0": True, "solver_p": None, "thresholding": False}.items():
             if config[option] != only:
                 raise ValueError(f"{option}={config[option]!r} is not supported; only {only} is")
