@@ -2,9 +2,12 @@
 
 import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers.pipelines
+
+if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
+    from .schedulers import DDIM, DPMSolver, Euler, Row, Table, TableScheduler, UniPC
 
 __version__ = "0.1.0"
 
@@ -18,7 +21,7 @@ _PUBLIC = {
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
 }
-__all__ = ["DDIM", "DPMSolver", "Euler", "Row", "Table", "TableScheduler", "UniPC"]  # served by __getattr__
+__all__ = ["DDIM", "DPMSolver", "Euler", "Row", "Table", "TableScheduler", "UniPC"]
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
 setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import glyphs
+from ..loading import EMBEDDED, resolve
 from .features import FeatureExtractor, GlyphFeatures
 from .metrics import Measure, frechet_distance, r_precision
 
@@ -67,6 +68,18 @@ class GlyphEvaluator:
         one, two = (self.features(render(prompts, seed=self.seed + k)) for k in (1, 2))
         enough = len(prompts) > one.shape[1]  # of a Frechet distance, whose covariances would be singular otherwise
         return Real(table, own, r_precision(one, table, own), two, frechet_distance(one, two) if enough else None)
+
+
+def evaluator_for(model: str | None, prompts: Sequence[str]) -> GlyphEvaluator | None:
+    """A ``GlyphEvaluator`` where ``model`` is the embedded one and every prompt a caption of its data, else None."""
+    if resolve(model) != str(EMBEDDED):
+        return None
+    try:
+        for prompt in prompts:
+            parse_prompt(prompt)
+    except ValueError:  # a picture of anything else has no right answer to compare with
+        return None
+    return GlyphEvaluator()
 
 
 @dataclass(frozen=True)

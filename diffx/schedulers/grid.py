@@ -52,10 +52,11 @@ def make_grid(
     if timesteps is not None and sigmas is not None:
         raise ValueError("timesteps and sigmas were both given; pass one of them")
     given = timesteps if timesteps is not None else sigmas
-    if given is None and num_inference_steps is None:
-        raise ValueError("pass num_inference_steps, timesteps or sigmas")
-    if given is None and (num_inference_steps != int(num_inference_steps or 0) or num_inference_steps < 1):
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be a whole number of at least 1")
+    if given is None:
+        if num_inference_steps is None:
+            raise ValueError("pass num_inference_steps, timesteps or sigmas")
+        if num_inference_steps < 1 or num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be a whole number of at least 1")
     if timesteps is not None:
         grid = _from_timesteps(process, convention, config, np.asarray(timesteps, dtype=np.float64))
     elif process.frame == "flow":

@@ -62,7 +62,7 @@ class DDIM(
     zero_snr = 0.0
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As the base class's; the config of a scheduler that knows no clipping brings none (its x0 may be unbounded latents)."""
         if config is not None and not isinstance(config, str) and "clip_sample" not in config:
             kwargs.setdefault("clip_sample", False)

@@ -79,6 +79,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     frame: ClassVar[Frame] = "vp"
     convention: ClassVar[Convention] = Convention()
     zero_snr: ClassVar[float] = 2.0**-24
+    config: Any  # ConfigMixin's frozen dict, whose keys are known only to the options below
     options: ClassVar[dict[str, Any]] = COMMON
     own_options: ClassVar[dict[str, Any]] = OWN
 
@@ -118,7 +119,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._retired: list[Tensor] = []
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler for the model that a Diffusers scheduler config describes; ``kwargs`` override single options.
 
         A flow config stays one, whichever class it came from.
@@ -135,12 +136,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         inferred = is_flow({**config, **kwargs}) and "prediction_type" not in kwargs
         if inferred:
             kwargs["prediction_type"] = "flow_prediction"
-        made = super().from_config(config, return_unused_kwargs, **kwargs)
-        scheduler = made[0] if return_unused_kwargs else made
+        made: Any = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        scheduler, unused = made
         if inferred and ("beta_schedule" not in config or "prediction_type" in config.get("_use_default_values", ())):
             # Stock flow schedulers have no such key: mark it as one they need not see when the config goes back to them.
             scheduler.register_to_config(_use_default_values=[*scheduler.config["_use_default_values"], "prediction_type"])
-        return made
+        return (scheduler, unused) if return_unused_kwargs else scheduler
 
     def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, **run_options: Any) -> Table:
         """The table of the calls ``begin`` .. N - 1; ``alpha, sigma`` (N + 1,) are the levels of the whole grid."""
@@ -296,10 +297,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Index of ``timestep`` in the grid. For a view of our own ``timesteps`` it is the storage offset: no device is read."""
         if isinstance(timestep, Tensor):
             if timestep._base is self.timesteps and self._grid is not None:
-                return timestep.storage_offset()
+                return int(timestep.storage_offset())
             storage = timestep.untyped_storage()._cdata  # views made in inference mode do not name their base
             if storage == self.timesteps.untyped_storage()._cdata and self._grid is not None:
-                return timestep.storage_offset()
+                return int(timestep.storage_offset())
             if any(storage == old.untyped_storage()._cdata for old in self._retired):
                 raise ValueError(
                     "this timestep belongs to an earlier set_timesteps(): two runs are using one scheduler; give each its own copy"

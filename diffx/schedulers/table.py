@@ -17,14 +17,15 @@ from torch import Tensor
 class Row:
     """What follows one network call: the next sample as a weighted sum of what is already known.
 
-    Column 0 weighs the anchor (the solution so far), column k the k-th newest x0 prediction. A row may first move the anchor
-    by weights of its own and keep it beyond the next call (Heun's interval, UniPC's corrector); ``sample`` then starts from the
-    moved anchor. With ``anchor=None`` the next anchor is the sample that is handed to the next call, so that edits count.
+    Column 0 weighs the anchor (the solution so far), column k the k-th newest x0 prediction. With ``anchor=None`` the next
+    anchor is the sample that is handed to the next call, so that edits in between count. A row with anchor weights of its own
+    keeps that sum beyond the next call instead (Heun's interval); weights equal to ``sample`` keep the sample as it was
+    returned, unedited (UniPC).
     """
 
     sample: tuple[float, ...]
     anchor: tuple[float, ...] | None = None
-    noise: float = 0.0  # standard deviation of the fresh noise added to the sample; not for a row that keeps an anchor
+    noise: float = 0.0  # standard deviation of the fresh noise added to both
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,6 @@ class Table:
             raise ValueError(f"{calls} rows need {calls + 1} noise levels; got {len(self.alpha)} alphas and {len(self.sigma)} sigmas")
         mean, var = self.alpha[0], self.sigma[0] ** 2  # the anchor is mean * x0 + sqrt(var) * eps
         for k, row in enumerate(self.rows):
-            if row.anchor is not None:
-                if row.noise:
-                    raise ValueError(f"row {k} keeps an anchor and adds noise={row.noise}, which the anchor would miss")
-                mean, var = _marginal(row.anchor, mean, var)
             landed = _marginal(row.sample, mean, var, row.noise)
             want = self.alpha[k + 1], self.sigma[k + 1] ** 2
             # "not (... <= ...)" so that a NaN coefficient is refused too; VE variances reach 5e5, so the bound is relative there.
@@ -60,8 +57,7 @@ class Table:
                 raise ValueError(
                     f"row {k} lands on alpha={landed[0]:.9g}, sigma^2={landed[1]:.9g}; its grid says {want[0]:.9g}, {want[1]:.9g}"
                 )
-            if row.anchor is None:
-                mean, var = landed
+            mean, var = landed if row.anchor is None else _marginal(row.anchor, mean, var, row.noise)
 
     @cached_property
     def num_columns(self) -> int:
@@ -69,7 +65,7 @@ class Table:
         return max(max(len(row.sample), len(row.anchor or ())) for row in self.rows)
 
 
-def _marginal(weights: Sequence[float], mean: float, var: float, noise: float = 0.0) -> tuple[float, float]:
+def _marginal(weights: Sequence[float], mean: float, var: float, noise: float) -> tuple[float, float]:
     return weights[0] * mean + sum(weights[1:]), weights[0] ** 2 * var + noise**2
 
 
@@ -97,29 +93,32 @@ def advance(table: Table, state: State, x: Tensor, x0: Tensor, noise: Callable[[
         raise ValueError(f"all {len(table.rows)} rows are used; call set_timesteps() to start a new run")
     row = table.rows[state.call]
     history = (x0, *state.history[: table.num_columns - 2])
-    start, anchor = x if state.anchor is None else state.anchor, None
-    if row.anchor is not None:
-        start = anchor = combine(row.anchor, start, history)
-    sample = combine(row.sample, start, history)
-    if row.noise:
-        sample = torch.add(sample, noise(), alpha=row.noise)
+    start = x if state.anchor is None else state.anchor
+    shake = noise() * row.noise if row.noise else None
+    sample = combine(row.sample, start, history, shake)
+    if row.anchor is None:
+        anchor = None
+    elif row.anchor == row.sample:
+        anchor = sample.clone()  # the caller may edit the sample in place
+    else:
+        anchor = combine(row.anchor, start, history, shake)
     return sample, State(anchor, history, state.call + 1)
 
 
-def combine(weights: Sequence[float], anchor: Tensor, history: Sequence[Tensor]) -> Tensor:
-    """weights[0] * anchor + sum_j weights[j + 1] * history[j]: one kernel per non-zero weight, none for a lone weight of 1.
+def combine(weights: Sequence[float], anchor: Tensor, history: Sequence[Tensor], extra: Tensor | None = None) -> Tensor:
+    """weights[0] * anchor + sum_j weights[j + 1] * history[j] (+ extra): one kernel per non-zero weight, none for a lone 1.
 
     A lone 1 returns that tensor itself, not a copy.
     """
-    total, ours = (None, False) if weights[0] == 0.0 else (anchor, False) if weights[0] == 1.0 else (anchor * weights[0], True)
-    for weight, column in zip(weights[1:], history, strict=False):  # early rows see fewer predictions, and weigh no more
+    total, ours = None, False  # ours: a new tensor, which may be added to in place
+    for weight, column in zip(weights, (anchor, *history), strict=False):  # early rows see fewer predictions, and weigh no more
         if weight == 0.0:
             continue
-        if ours:
-            total.add_(column, alpha=weight)
-        elif total is not None:
-            total, ours = torch.add(total, column, alpha=weight), True
-        else:
+        if total is None:
             total, ours = (column, False) if weight == 1.0 else (column * weight, True)
+        elif ours:
+            total.add_(column, alpha=weight)
+        else:
+            total, ours = torch.add(total, column, alpha=weight), True
     assert total is not None
-    return total
+    return total if extra is None else total + extra

@@ -32,27 +32,34 @@ def unipc(
     # A node at infinity (alpha = 0) carries no slope: leave it out of the polynomial.
     orders = [min(order, int(np.isfinite(lam[: i + 1]).sum()) or 1) for i, order in enumerate(_checked(orders))]
     rows: list[Row] = []
-    predict: tuple[float, ...] = ()
+    before = np.zeros(0)  # predictor weights of the interval that led here
     for i, order in enumerate(orders):
-        if i == 0:
-            anchor = (1.0,)
-        elif i in uncorrected:
-            anchor = (predict[0], 0.0, *predict[1:])  # the point as it was predicted; the newest x0 came after
-        else:
-            anchor = _update(alpha, sigma, lam, i - 1, orders[i - 1], solver_type, corrector=True)
         predict = _update(alpha, sigma, lam, i, order, solver_type, corrector=False)
-        rows.append(Row(predict, anchor if predict[0] else None))  # the last row lands on x0 alone and needs no anchor
+        if i == 0 or i in uncorrected:
+            sample = predict
+        else:
+            # Both updates keep the same share of the anchor, so the corrected point is the predicted one, which is the
+            # anchor here, plus a difference of x0 weights. The newest prediction came after the predictor.
+            correct = _update(alpha, sigma, lam, i - 1, orders[i - 1], solver_type, corrector=True)
+            width = max(len(correct), len(predict))
+            shift = _padded(correct[1:], width - 1) - _padded([0.0, *before[1:]], width - 1)
+            sample = np.concatenate([predict[:1], predict[0] * shift + _padded(predict[1:], width - 1)])
+        weights = tuple(sample.tolist())
+        rows.append(Row(weights, weights if i + 1 < len(orders) and i + 1 not in uncorrected else None))
+        before = predict
     return rows
 
 
-def _update(alpha, sigma, lam, i: int, order: int, solver_type: str, *, corrector: bool) -> tuple[float, ...]:
+def _update(alpha, sigma, lam, i: int, order: int, solver_type: str, *, corrector: bool) -> np.ndarray:
     """Weights of (anchor, newest x0, older ...) that carry the anchor from level i to level i + 1.
 
     The newest prediction is the one at level i for the predictor and the one at level i + 1 for the corrector.
     """
     if sigma[i + 1] == 0:
-        return 0.0, float(alpha[i + 1])
+        return np.array([0.0, alpha[i + 1]])
     h = lam[i + 1] - lam[i]
+    if h == 0:  # karras sigmas that end on sigma_min repeat it
+        return np.array([1.0, 0.0])
     nodes = np.array([(lam[i - q] - lam[i]) / h for q in range(1, order)] + ([1.0] if corrector else []))
     # From pure noise (alpha = 0) h is infinite, and B(h) = h with it.
     shape_factor = -h if solver_type == "bh1" and math.isfinite(h) else math.expm1(-h)
@@ -67,10 +74,8 @@ def _update(alpha, sigma, lam, i: int, order: int, solver_type: str, *, correcto
         rho = np.linalg.solve(np.vander(nodes, increasing=True).T, moments) if len(nodes) else np.zeros(0)
     slopes = -alpha[i + 1] * shape_factor * rho / nodes  # weight of (prediction at the node - prediction at level i)
     at_level_i = -alpha[i + 1] * math.expm1(-h) - slopes.sum()
-    keep, slopes = float(sigma[i + 1] / sigma[i]), slopes.tolist()
-    if corrector:
-        return keep, slopes[-1], float(at_level_i), *slopes[:-1]
-    return keep, float(at_level_i), *slopes
+    keep = sigma[i + 1] / sigma[i]
+    return np.array([keep, slopes[-1], at_level_i, *slopes[:-1]] if corrector else [keep, at_level_i, *slopes])
 
 
 def _checked(orders: Sequence[int]) -> Sequence[int]:
@@ -78,6 +83,10 @@ def _checked(orders: Sequence[int]) -> Sequence[int]:
         if not 1 <= order <= i + 1:
             raise ValueError(f"order {order} of interval {i} must lie between 1 and {i + 1}")
     return orders
+
+
+def _padded(weights: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
+    return np.pad(np.asarray(weights, dtype=np.float64), (0, width - len(weights)))
 
 
 class UniPC(

@@ -1,0 +1,31 @@
+# Every target makes its own environment on first use, from this project's files alone.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+
+# Small models and two cores: processes beat threads.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint bench
+
+demo: $(STAMP)  ## sample the embedded model with every sampler; pictures and report in outputs/quickstart
+	$(VENV)/bin/diffx quickstart
+
+test: $(STAMP)  ## everything but the slow tests
+	$(VENV)/bin/python -m pytest -n 2
+
+test-slow: $(STAMP)  ## the slow tests alone
+	$(VENV)/bin/python -m pytest -n 2 -m slow
+
+lint: $(STAMP)  ## style, format, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(STAMP)  ## the cost of one step, ours beside Diffusers'
+	$(VENV)/bin/python benchmarks/step_cost.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test,dev]'
+	touch $@

@@ -1,0 +1,49 @@
+"""The ``diffx`` command: it reads flags, calls the library and prints; nothing is computed here.
+
+Exit codes: 0 done; 2 the input was wrong, said in one line on stderr; 1 anything else.
+"""
+
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from . import compare, env, plan, sample
+
+
+class Commands(TyperGroup):
+    """Commands for which a ``ValueError`` is one line on stderr, unless a traceback was asked for."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)  # in the order of a first visit, not of the alphabet
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FloatingPointError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"diffx: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+app = typer.Typer(
+    name="diffx", cls=Commands, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+app.command("quickstart")(compare.quickstart)
+app.command("sample")(sample.sample)
+app.command("compare")(compare.compare)
+app.command("plan")(plan.plan)
+app.command("env")(env.env)
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", envvar="DIFFX_DEBUG", help="Show tracebacks; stands before the command.")] = False,
+) -> None:
+    """Samplers for Hugging Face Diffusers, compared on your model.
+
+    Start with [bold]diffx quickstart[/bold]: it needs no network and no model of yours.
+    A flag is the Python argument of the same name.
+    """

@@ -1,0 +1,48 @@
+"""One thread, no network, no progress bars: set before anything imports torch or the Hugging Face libraries."""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",  # the models are small: a second thread costs more than it brings, and sums depend on the count
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "MPLBACKEND": "Agg",
+    "COLUMNS": "200",  # rich wraps help texts at the terminal's width
+    "NO_COLOR": "1",
+}
+os.environ.pop("DIFFX_DEBUG", None)
+
+import socket
+
+import diffusers.utils.logging
+import pytest
+import torch
+import transformers.utils.logging
+
+torch.set_num_threads(1)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_connect = socket.socket.connect
+
+
+def _connect_to_loopback(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+        raise AssertionError(f"a test tried to reach {address[0]!r}; tests know only this machine")
+    return _connect(self, address)
+
+
+socket.socket.connect = _connect_to_loopback
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded pipeline, loaded once; a test that changes more than its scheduler loads its own."""
+    from diffx.loading import load_pipeline
+
+    pipe = load_pipeline(device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,450 @@
+"""Each class against its Diffusers twin on tensors: same timesteps, same end sample.
+
+The tolerance everywhere is 1e-5 of the largest entry. Diffusers keeps its tables, and the state of most classes, in float32
+(6e-8), takes differences of logarithms of them, and repeats up to 50 times; the largest difference measured is 2.2e-6.
+States and the network are float64 here, so that nothing but the two schedulers' own arithmetic is compared.
+"""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import diffx
+from diffx.testing import denoise
+
+TOLERANCE = 1e-5
+SHAPE = (2, 3, 4, 4)
+STEPS = (4, 9, 20, 50)
+BETAS = {
+    "linear": dict(beta_schedule="linear"),
+    "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "cosine": dict(beta_schedule="squaredcos_cap_v2"),
+    "trained": dict(trained_betas=(np.linspace(0.02, 0.13, 1000) ** 2).tolist()),
+    "zero_snr": dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True),
+}
+SPACINGS = {
+    "leading": dict(timestep_spacing="leading", steps_offset=1),
+    "linspace": dict(timestep_spacing="linspace"),
+    "trailing": dict(timestep_spacing="trailing"),
+}
+SIGMA_GRIDS = {
+    "karras": dict(use_karras_sigmas=True),
+    "karras_leading": dict(use_karras_sigmas=True, timestep_spacing="leading"),
+}
+TYPES = ("epsilon", "sample", "v_prediction")
+SCALED = BETAS["scaled_linear"]
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+def network(x, t):
+    """A smooth bounded function of sample and time: nonlinear, so that no error cancels; of slope below 1, so that none grows."""
+    return 0.8 * torch.tanh(0.9 * x + 0.001 * float(t)) + 0.05 * torch.sin(3 * x)
+
+
+def noise(seed=0, dtype=torch.float64):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_same(got, want, what=""):
+    assert torch.isfinite(want).all(), f"the stock run diverged {what}: the case proves nothing"
+    assert got.shape == want.shape and got.dtype == want.dtype
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert error <= TOLERANCE, f"relative difference {error:.2e} {what}"
+
+
+def assert_parity(ours, stock, times=None, x=None, seed=None, begin=0, **kwargs):
+    """Both already hold their timesteps. ``times``: what the network is told, where stock rounds its own.
+
+    ``seed``: of a generator given to every step of each.
+    """
+    times = stock.timesteps if times is None else times
+    assert len(ours.timesteps) == len(stock.timesteps)
+    if times is stock.timesteps:
+        torch.testing.assert_close(ours.timesteps.double(), stock.timesteps.double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(float(ours.init_noise_sigma), float(getattr(stock, "init_noise_sigma", 1.0)), rtol=1e-6, atol=0)
+    start = noise() * float(ours.init_noise_sigma) if x is None else x
+    if not isinstance(stock, diffusers.DDIMScheduler):
+        stock.set_begin_index(begin)  # stock looks times up by value and starts one late where two rounded times are equal
+    ends = []
+    for scheduler in (ours, stock):
+        told = iter(times[begin:].tolist())
+        options = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
+        ends.append(denoise(scheduler, lambda x, t: network(x, next(told)), start, begin=begin, **options, **kwargs))  # noqa: B023
+    assert_same(*ends, f"with {len(times) - begin} calls of {type(ours).__name__}")
+
+
+def cases(grids):
+    """Every prediction type x grid at scaled-linear betas, then every other beta schedule x grid at one prediction type."""
+    for grid in grids:
+        for prediction_type in TYPES:
+            yield pytest.param("scaled_linear", grid, prediction_type, id=f"scaled_linear-{grid}-{prediction_type}")
+        for betas in ("linear", "cosine", "trained"):
+            yield pytest.param(betas, grid, "epsilon", id=f"{betas}-{grid}-epsilon")
+        for prediction_type in ("sample", "v_prediction"):
+            yield pytest.param("zero_snr", grid, prediction_type, id=f"zero_snr-{grid}-{prediction_type}")
+
+
+# ---------------------------------------------------------------------------------------------- DDIM
+
+
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), cases(SPACINGS))
+def test_ddim(betas, grid, prediction_type):
+    stock = diffusers.DDIMScheduler(prediction_type=prediction_type, clip_sample=False, **BETAS[betas], **SPACINGS[grid])
+    ours = diffx.DDIM.from_config(stock.config, stock_step=True)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("steps_offset", [0, 1])
+def test_ddim_leading_needs_no_option(set_alpha_to_one, steps_offset):
+    stock = diffusers.DDIMScheduler(
+        clip_sample=False, set_alpha_to_one=set_alpha_to_one, steps_offset=steps_offset, timestep_spacing="leading", **SCALED
+    )
+    ours = diffx.DDIM.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("grid", ["linspace", "trailing"])
+def test_ddim_aims_at_its_next_timestep_where_diffusers_does_not(grid):
+    """Diffusers' DDIM steps to ``t - T // N``, whatever time the network is called at next. Ours steps to that time."""
+    stock = diffusers.DDIMScheduler(clip_sample=False, **SCALED, **SPACINGS[grid])
+    ours = diffx.DDIM.from_config(stock.config)
+    num_steps = 30
+    stock.set_timesteps(num_steps)
+    ours.set_timesteps(num_steps)
+    times = ours.timesteps.tolist()
+    assert times == stock.timesteps.tolist()
+    alphas_cumprod = [stock.alphas_cumprod[t].double() for t in times] + [torch.tensor(1.0, dtype=torch.float64)]
+    x = noise()
+    for k, t in enumerate(times):  # DDIM eq. 12 with the schedule's own next entry
+        now, after, eps = alphas_cumprod[k], alphas_cumprod[k + 1], network(x, t)
+        x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    assert_same(denoise(ours, network, noise()), x)
+    far = denoise(stock, network, noise())
+    assert ((far - x).abs().max() / x.abs().max()).item() > 100 * TOLERANCE  # the difference is no rounding
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_eta(eta):
+    stock = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="leading", **SCALED)
+    ours = diffx.DDIM.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=5, eta=eta)
+
+
+def test_ddim_clips_like_use_clipped_model_output():
+    """Clipping is a map on x0; the noise direction follows from the clipped x0, which Diffusers calls use_clipped_model_output."""
+    stock = diffusers.DDIMScheduler(timestep_spacing="leading", clip_sample=True, clip_sample_range=0.7, **SCALED)
+    ours = diffx.DDIM.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        want = denoise(stock, network, noise(), use_clipped_model_output=True)
+        assert_same(denoise(ours, network, noise()), want)
+
+
+# ---------------------------------------------------------------------------------------------- Euler
+
+
+class Float64Euler(diffusers.EulerDiscreteScheduler):
+    """The stock class whose derivative is formed in float64.
+
+    Stock subtracts numbers of size sigma = 4096 (zero terminal SNR) in float32 to get one of size 5 and loses 2e-5.
+    """
+
+    def step(self, model_output, timestep, sample, return_dict=False, **kwargs):
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma, sigma_next = self.sigmas[self.step_index].double(), self.sigmas[self.step_index + 1].double()
+        x0 = {
+            "sample": lambda: model_output,
+            "epsilon": lambda: sample - sigma * model_output,
+            "v_prediction": lambda: model_output * (-sigma / (sigma**2 + 1) ** 0.5) + sample / (sigma**2 + 1),
+        }[self.config.prediction_type]()
+        self._step_index += 1
+        return (sample + (sample - x0) / sigma * (sigma_next - sigma), x0)
+
+
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), cases(SPACINGS | SIGMA_GRIDS))
+def test_euler(betas, grid, prediction_type):
+    cls = Float64Euler if betas == "zero_snr" else diffusers.EulerDiscreteScheduler
+    stock = cls(prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid])
+    ours = diffx.Euler.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
+def test_euler_final_sigma(final_sigmas_type):
+    stock = diffusers.EulerDiscreteScheduler(final_sigmas_type=final_sigmas_type, timestep_spacing="trailing", **SCALED)
+    ours = diffx.Euler.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+def test_euler_custom_timesteps_and_sigmas():
+    stock = diffusers.EulerDiscreteScheduler(**SCALED)
+    ours = diffx.Euler.from_config(stock.config)
+    for schedule in (dict(timesteps=[999, 812, 600, 405, 111, 7]), dict(sigmas=[14.0, 6.0, 2.5, 0.8, 0.1, 0.0])):
+        stock.set_timesteps(**schedule)
+        ours.set_timesteps(**schedule)
+        assert_parity(ours, stock)
+
+
+FLOW_GRIDS = {
+    "shift1": (dict(), dict()),
+    "shift3": (dict(shift=3.0), dict()),
+    "dynamic": (dict(use_dynamic_shifting=True), dict(mu=0.9)),
+    "dynamic_linear": (dict(use_dynamic_shifting=True, time_shift_type="linear"), dict(mu=1.7)),
+    "terminal": (dict(shift=2.0, shift_terminal=0.1), dict()),
+    "karras": (dict(shift=3.0, use_karras_sigmas=True), dict()),
+}
+
+
+@pytest.mark.parametrize("grid", FLOW_GRIDS)
+def test_flow_euler(grid):
+    config, call = FLOW_GRIDS[grid]
+    stock = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    ours = diffx.Euler.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps, **call)
+        ours.set_timesteps(num_steps, **call)
+        torch.testing.assert_close(ours.sigmas.double(), stock.sigmas.double(), rtol=1e-5, atol=1e-6)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("grid", ["shift1", "shift3", "dynamic"])
+def test_flow_euler_explicit_sigmas(grid):
+    config, call = FLOW_GRIDS[grid]
+    stock = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    ours = diffx.Euler.from_config(stock.config)
+    for sigmas in ([0.95, 0.7, 0.44, 0.1], np.linspace(1, 1 / 9, 9).tolist(), np.linspace(1.0, 1 / 20, 20)):
+        stock.set_timesteps(sigmas=sigmas, **call)
+        ours.set_timesteps(sigmas=sigmas, **call)
+        assert_parity(ours, stock)
+
+
+# ---------------------------------------------------------------------------------------------- DPMSolver
+
+DPM_SOLVERS = {
+    "order1": dict(solver_order=1),
+    "order2": dict(solver_order=2),
+    "order3": dict(solver_order=3),
+    "sde1": dict(solver_order=1, algorithm_type="sde-dpmsolver++"),
+    "sde2": dict(solver_order=2, algorithm_type="sde-dpmsolver++"),
+}
+
+
+def dpm_pair(**config):
+    """The stock class and ours with the stock coefficient of the third order's D2, which is half of the right one."""
+    stock = diffusers.DPMSolverMultistepScheduler(**config)
+    return stock, diffx.DPMSolver.from_config(stock.config, stock_third_order=True)
+
+
+@pytest.mark.parametrize("solver", DPM_SOLVERS)
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), cases(SPACINGS | SIGMA_GRIDS))
+def test_dpm(betas, grid, prediction_type, solver):
+    stock, ours = dpm_pair(prediction_type=prediction_type, **DPM_SOLVERS[solver], **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid])
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        # Stock rounds karras times, but truncates them for cosine betas: there both networks are told stock's times.
+        truncated = betas == "cosine" and "karras" in grid
+        assert not truncated or (ours.timesteps - stock.timesteps).abs().max() <= 1
+        assert_parity(ours, stock, times=stock.timesteps.clone() if truncated else None, seed=3 if solver.startswith("sde") else None)
+
+
+@pytest.mark.parametrize("solver", DPM_SOLVERS)
+@pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
+@pytest.mark.parametrize("lower_order_final", [True, False])
+@pytest.mark.parametrize("euler_at_final", [True, False])
+def test_dpm_final_steps(solver, final_sigmas_type, lower_order_final, euler_at_final):
+    # 14 and 15: Diffusers lowers the order of short runs only, below 15
+    final = dict(final_sigmas_type=final_sigmas_type, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    stock, ours = dpm_pair(**final, **DPM_SOLVERS[solver], **SCALED)
+    for num_steps in (1, 2, 3, 14, 15):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=3 if solver.startswith("sde") else None)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(algorithm_type="sde-dpmsolver++")], ids=["ode", "sde"])
+def test_dpm_heun_type(options):
+    stock, ours = dpm_pair(solver_type="heun", **options, **SCALED)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=3)
+
+
+@pytest.mark.parametrize("grid", ["linspace", "leading"])
+def test_dpm_clips_lambda(grid):
+    stock, ours = dpm_pair(lambda_min_clipped=-5.1, **BETAS["cosine"], **SPACINGS[grid])
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("solver", DPM_SOLVERS)
+def test_dpm_custom_timesteps(solver):
+    stock, ours = dpm_pair(**DPM_SOLVERS[solver], **SCALED)
+    stock.set_timesteps(timesteps=[999, 812, 600, 405, 111, 7])
+    ours.set_timesteps(timesteps=[999, 812, 600, 405, 111, 7])
+    assert_parity(ours, stock, seed=3 if solver.startswith("sde") else None)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("solver", DPM_SOLVERS)
+def test_dpm_flow(solver, shift):
+    """Stock truncates flow times to integers, so both networks are told stock's; ours gets stock's grid, already shifted."""
+    stock = diffusers.DPMSolverMultistepScheduler(flow_shift=shift, **FLOW, **DPM_SOLVERS[solver])
+    ours = diffx.DPMSolver.from_config(stock.config, flow_shift=1.0, stock_third_order=True)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(sigmas=stock.sigmas[:-1].tolist())
+        torch.testing.assert_close(ours.sigmas.double(), stock.sigmas.double(), rtol=0, atol=1e-7)
+        assert_parity(ours, stock, times=stock.timesteps.clone(), seed=3 if solver.startswith("sde") else None)
+
+
+# ---------------------------------------------------------------------------------------------- UniPC
+
+UNIPC_SOLVERS = {f"{kind}-{order}": dict(solver_type=kind, solver_order=order) for kind in ("bh1", "bh2") for order in (1, 2, 3)}
+UNIPC_GRIDS = SPACINGS | SIGMA_GRIDS
+
+
+@pytest.mark.parametrize("solver", UNIPC_SOLVERS)
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), cases(["leading", "linspace", "trailing", "karras"]))
+def test_unipc(betas, grid, prediction_type, solver):
+    # bh1 weighs by h, which is infinite at a last sigma of zero: stock gives NaN there
+    last = "sigma_min" if solver.startswith("bh1") else "zero"
+    stock = diffusers.UniPCMultistepScheduler(
+        prediction_type=prediction_type, final_sigmas_type=last, **UNIPC_SOLVERS[solver], **BETAS[betas], **UNIPC_GRIDS[grid]
+    )
+    ours = diffx.UniPC.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("solver", UNIPC_SOLVERS)
+@pytest.mark.parametrize("options", [dict(), dict(lower_order_final=False), dict(disable_corrector=[0, 2])], ids=["lower", "full", "skip"])
+def test_unipc_final_sigma_min(solver, options):
+    # a last step of full order exists for a last sigma above zero only
+    stock = diffusers.UniPCMultistepScheduler(final_sigmas_type="sigma_min", **options, **UNIPC_SOLVERS[solver], **SCALED)
+    ours = diffx.UniPC.from_config(stock.config)
+    for num_steps in (1, 2, 3, 10):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("solver", ["bh2-1", "bh2-2", "bh2-3"])
+def test_unipc_flow(solver, shift):
+    """bh2 only: stock's bh1 is NaN at a last sigma of zero, and its other choice repeats the last sigma, which is NaN, too."""
+    stock = diffusers.UniPCMultistepScheduler(flow_shift=shift, **FLOW, **UNIPC_SOLVERS[solver])
+    ours = diffx.UniPC.from_config(stock.config, flow_shift=1.0)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(sigmas=stock.sigmas[:-1].tolist())
+        assert_parity(ours, stock, times=stock.timesteps.clone())
+
+
+def test_unipc_flow_dynamic_and_explicit_sigmas():
+    stock = diffusers.UniPCMultistepScheduler(use_dynamic_shifting=True, **FLOW)
+    ours = diffx.UniPC.from_config(stock.config)
+    given = np.linspace(0.99, 1 / 9, 9)
+    stock.set_timesteps(sigmas=given, mu=0.9)
+    ours.set_timesteps(sigmas=given, mu=0.9)
+    torch.testing.assert_close(ours.sigmas.double(), stock.sigmas.double(), rtol=0, atol=1e-6)
+    assert_parity(ours, stock, times=stock.timesteps.clone())
+
+
+# ---------------------------------------------------------------------------------------------- edits and begin indices
+
+PAIRS = {
+    "DDIM": lambda: (diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="leading", **SCALED), diffx.DDIM, {}),
+    "Euler": lambda: (diffusers.EulerDiscreteScheduler(**SCALED), diffx.Euler, {}),
+    "EulerKarras": lambda: (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, **SCALED), diffx.Euler, {}),
+    "FlowEuler": lambda: (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), diffx.Euler, {}),
+    "DPM1": lambda: (diffusers.DPMSolverMultistepScheduler(solver_order=1, **SCALED), diffx.DPMSolver, {}),
+    "DPM2": lambda: (diffusers.DPMSolverMultistepScheduler(**SCALED), diffx.DPMSolver, {}),
+    "DPM3": lambda: (diffusers.DPMSolverMultistepScheduler(solver_order=3, **SCALED), diffx.DPMSolver, dict(stock_third_order=True)),
+    "SDE2": lambda: (diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **SCALED), diffx.DPMSolver, {}),
+    "UniPC1": lambda: (diffusers.UniPCMultistepScheduler(solver_order=1, **SCALED), diffx.UniPC, {}),
+    "UniPC2": lambda: (diffusers.UniPCMultistepScheduler(**SCALED), diffx.UniPC, {}),
+    "UniPC3": lambda: (diffusers.UniPCMultistepScheduler(solver_order=3, **SCALED), diffx.UniPC, {}),
+}
+
+
+def pair_of(name, num_steps):
+    stock, cls, options = PAIRS[name]()
+    ours = cls.from_config(stock.config, **options)
+    stock.set_timesteps(num_steps)
+    ours.set_timesteps(num_steps)
+    return stock, ours
+
+
+def draws(name):
+    """A seed for the generator of stochastic pairs; deterministic stock classes are given none."""
+    return 3 if name == "SDE2" else None
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("num_steps", [6, 20])
+def test_one_edit_acts_like_in_the_twin(name, num_steps):
+    stock, ours = pair_of(name, num_steps)
+    bump = noise(7)
+    assert_parity(ours, stock, seed=draws(name), edit=lambda k, x: x + 0.3 * bump if k == 2 else x)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("num_steps", [6, 20])
+def test_a_soft_mask_at_every_step_acts_like_in_the_twin(name, num_steps):
+    stock, ours = pair_of(name, num_steps)
+    mask, known = torch.rand(SHAPE, generator=torch.Generator().manual_seed(8), dtype=torch.float64), noise(9)
+    assert_parity(ours, stock, seed=draws(name), edit=lambda k, x: mask * x + (1 - mask) * known)
+
+
+def noised(scheduler, name, x0, eps, begin):
+    t = scheduler.timesteps[begin : begin + 1]
+    return scheduler.scale_noise(x0, t, eps) if name == "FlowEuler" else scheduler.add_noise(x0, eps, t)
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["set_begin_index", "first_timestep"])
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("num_steps", [6, 16])
+def test_every_begin_index(name, num_steps, announced):
+    """Image to image: the run starts in the middle, told by set_begin_index (where stock has it) or only by its first timestep."""
+    for begin in range(num_steps):
+        stock, ours = pair_of(name, num_steps)
+        if announced and name != "DDIM":  # DDIM finds its place by value and has no set_begin_index
+            stock.set_begin_index(begin)
+        if announced:
+            ours.set_begin_index(begin)
+        x = noised(stock, name, noise(1), noise(2), begin)
+        assert_same(noised(ours, name, noise(1), noise(2), begin), x)
+        ends = []
+        for scheduler in (ours, stock):
+            options = {"generator": torch.Generator().manual_seed(3)} if name == "SDE2" else {}
+            y, scale = x, getattr(scheduler, "scale_model_input", lambda x, t: x)
+            for t in scheduler.timesteps[begin:]:
+                y = scheduler.step(network(scale(y, t), t), t, y, return_dict=False, **options)[0]
+            ends.append(y)
+        assert_same(*ends, f"from index {begin}")
