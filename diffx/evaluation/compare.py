@@ -2,14 +2,12 @@
 
 import copy
 import inspect
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,64 +17,11 @@ from tqdm.auto import tqdm
 from ..schedulers import TableScheduler
 from .emoji import Evaluator
 from .metrics import Measure, psnr, rms
-from .report import error_plot, markdown, picture_grid, write_atomically
+from .report import Comparison, Result
 from .samplers import is_control, make_sampler
 
 NETWORKS = ("unet", "transformer", "transformer_2")
 REQUIRED = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One sampler at one number of steps and one guidance scale.
-
-    ``role``: "reference"; "floor" is the reference at half its steps, whose distance says below which figure two samplers
-    cannot be told apart; "control" is one of Diffusers' own classes; "sampler" any other.
-    """
-
-    role: Literal["reference", "floor", "control", "sampler"]
-    sampler: str
-    guidance_scale: float
-    num_inference_steps: int
-    nfe: int  # network calls per picture, counted; a guided pair in one batch is one call
-    batch_factor: float  # rows the network saw per picture and call: 2 where guidance runs condition and uncondition together
-    seconds: float  # wall clock per picture, text encoding and decoding included
-    stochastic: bool  # fresh noise was drawn on the way: no distance to a deterministic reference
-    rms: float | None  # to the reference's pictures in [0, 1]; None where stochastic
-    psnr: float | None  # dB; None where stochastic or equal
-    latent_rms: float | None  # to the reference's final latents; None also where the pipeline shows none
-    measures: tuple[Measure, ...] = ()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What ``compare`` found: ``rows`` to compute with, ``markdown()`` to read, ``save(folder)`` to keep.
-
-    ``images[sampler, num_inference_steps, guidance_scale]`` is (len(prompts), H, W, 3) uint8, the first picture of each prompt.
-    """
-
-    rows: tuple[Result, ...]
-    images: Mapping[tuple[str, int, float], np.ndarray]
-    prompts: tuple[str, ...]
-    settings: Mapping[str, Any]
-
-    def markdown(self) -> str:
-        """A heading with the settings, and one table row per run."""
-        return markdown(self)
-
-    def to_json(self) -> str:
-        """Settings, prompts and rows; the pictures are not in it."""
-        content = {"settings": dict(self.settings), "prompts": list(self.prompts), "rows": [asdict(row) for row in self.rows]}
-        return json.dumps(content, indent=2, allow_nan=False)
-
-    def save(self, folder: str | Path) -> None:
-        """Write report.md, report.json, compare.png and error.png, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", lambda file: file.write(self.markdown().encode()))
-        write_atomically(folder / "report.json", lambda file: file.write(self.to_json().encode()))
-        write_atomically(folder / "compare.png", lambda file: picture_grid(self).save(file, format="png"))
-        write_atomically(folder / "error.png", lambda file: error_plot(self).savefig(file, format="png", dpi=150))
 
 
 def compare(

@@ -1,25 +1,80 @@
-"""A comparison as a table, a grid of pictures and an error plot; and files that are written whole or not at all."""
+"""What a comparison found: records to compute with, and the same as a table, a grid of pictures and an error plot."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .metrics import Measure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .compare import Comparison, Result
 
 MIN_CELL, MAX_CELL = 96, 256  # pixels of a picture's longer side in the grid
 GAP, LINE = 14, 3  # pixels between two samplers, between two pictures
 PAPER = (236, 236, 236)  # not white, so that pictures on white have an edge
 INK, FADED = (20, 20, 20), (110, 110, 110)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One sampler at one number of steps and one guidance scale.
+
+    ``role``: "reference"; "floor" is the reference at half its steps, whose distance says below which figure two samplers
+    cannot be told apart; "control" is one of Diffusers' own classes; "sampler" any other.
+    """
+
+    role: Literal["reference", "floor", "control", "sampler"]
+    sampler: str
+    guidance_scale: float
+    num_inference_steps: int
+    nfe: int  # network calls per picture, counted; a guided pair in one batch is one call
+    batch_factor: float  # rows the network saw per picture and call: 2 where guidance runs condition and uncondition together
+    seconds: float  # wall clock per picture, text encoding and decoding included
+    stochastic: bool  # fresh noise was drawn on the way: no distance to a deterministic reference
+    rms: float | None  # to the reference's pictures in [0, 1]; None where stochastic
+    psnr: float | None  # dB; None where stochastic or equal
+    latent_rms: float | None  # to the reference's final latents; None also where the pipeline shows none
+    measures: tuple[Measure, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found: ``rows`` to compute with, ``markdown()`` to read, ``save(folder)`` to keep.
+
+    ``images[sampler, num_inference_steps, guidance_scale]`` is (len(prompts), H, W, 3) uint8, the first picture of each prompt.
+    """
+
+    rows: tuple[Result, ...]
+    images: Mapping[tuple[str, int, float], np.ndarray]
+    prompts: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def markdown(self) -> str:
+        """A heading with the settings, and one table row per run."""
+        return markdown(self)
+
+    def to_json(self) -> str:
+        """Settings, prompts and rows; the pictures are not in it."""
+        content = {"settings": dict(self.settings), "prompts": list(self.prompts), "rows": [asdict(row) for row in self.rows]}
+        return json.dumps(content, indent=2, allow_nan=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write report.md, report.json, compare.png and error.png, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.md", lambda file: file.write(self.markdown().encode()))
+        write_atomically(folder / "report.json", lambda file: file.write(self.to_json().encode()))
+        write_atomically(folder / "compare.png", lambda file: picture_grid(self).save(file, format="png"))
+        write_atomically(folder / "error.png", lambda file: error_plot(self).savefig(file, format="png", dpi=150))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -107,7 +107,7 @@ class DPMSolver(
         if config.thresholding:
             raise ValueError("thresholding=True is not supported")
 
-    def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
+    def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         config, calls = self.config, len(sigma) - 1
         lowered = config.lower_order_final and calls < 15  # the twin's rule, decided by the full length
         orders = [min(config.solver_order, i + 1) for i in range(calls - begin)]

@@ -105,7 +105,7 @@ class DDIM(
     def _noise_dtype(self, output_dtype: torch.dtype) -> torch.dtype:
         return output_dtype
 
-    def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, *, eta: float = 0.0) -> Table:
+    def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, *, eta: float = 0.0) -> Table:
         if self.config.get("stock_step"):
             return self._stock_table(alpha, sigma, begin, eta)
         return Table(alpha[begin:], sigma[begin:], tuple(ddim(alpha[begin:], sigma[begin:], eta=eta)))
@@ -130,5 +130,5 @@ class Euler(TableScheduler):
     frame = "ve"
     convention = Convention(whole_t=False, karras_between="spaced")
 
-    def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
+    def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         return Table(alpha[begin:], sigma[begin:], tuple(ddim(alpha[begin:], sigma[begin:])))

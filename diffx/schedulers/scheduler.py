@@ -72,9 +72,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     """
 
     config_name = "scheduler_config.json"
-    _compatibles: ClassVar[list[str]] = [
-        e.name for e in KarrasDiffusionSchedulers if e.name != "DPMSolverSDEScheduler"
-    ]  # that one needs torchsde
+    # All of Diffusers' interchangeable classes but the one that cannot be imported without torchsde.
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers if e.name != "DPMSolverSDEScheduler"]
     order = 1  # network calls per interval, in Diffusers' sense of the word
     frame: ClassVar[Frame] = "vp"
     convention: ClassVar[Convention] = Convention()
@@ -143,8 +142,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             scheduler.register_to_config(_use_default_values=[*scheduler.config["_use_default_values"], "prediction_type"])
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
-    def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, **run_options: Any) -> Table:
-        """The table of the calls ``begin`` .. N - 1; ``alpha, sigma`` (N + 1,) are the levels of the whole grid."""
+    def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, **run_options: Any) -> Table:
+        """The table of the calls ``begin`` .. N - 1; what a subclass defines.
+
+        Args:
+            alpha, sigma: (N + 1,) the noise levels of the whole grid, in this class's frame.
+            run_options: extra arguments of the subclass's ``step``.
+        """
         raise NotImplementedError
 
     def _read_run_options(self) -> None:
@@ -174,8 +178,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
     ) -> None:
         """Choose the times of the next run and forget the last one. See ``grid.make_grid`` for the arguments and errors."""
+        self._grid, self._begin_index, self._run = None, None, None  # a refused grid leaves no run behind
         self._process = self._make_process()  # read now: pipelines rewrite the config after construction
-        self._grid = grid = make_grid(self._process, self.convention, self._grid_config(), num_inference_steps, timesteps, sigmas, mu)
+        grid = make_grid(self._process, self.convention, self._grid_config(), num_inference_steps, timesteps, sigmas, mu)
         self.num_inference_steps = len(grid.t)
         flow = self._process.frame == "flow"
         dtype = torch.int64 if self.convention.whole_t and not flow and np.array_equal(grid.t, np.round(grid.t)) else torch.float32
@@ -186,7 +191,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._levels = self._process.levels(grid.sigmas)
         self._x0_weights = [self._process.x0_weights(a, s) for a, s in zip(*(level[:-1].tolist() for level in self._levels), strict=True)]
         self._read_run_options()
-        self._begin_index, self._run = None, None
+        self._grid = grid
         self._table(0)  # an impossible run is refused here, not after the first network call
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -337,7 +342,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _table(self, begin: int, **run_options: Any) -> Table:
         alpha, sigma = self._levels
-        return self._rows(alpha, sigma, begin, **run_options)
+        return self.make_table(alpha, sigma, begin, **run_options)
 
     def _require_grid(self) -> Grid:
         if self._grid is None:

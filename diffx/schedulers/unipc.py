@@ -109,7 +109,7 @@ class UniPC(
             if config[option] != only:
                 raise ValueError(f"{option}={config[option]!r} is not supported; only {only} is")
 
-    def _rows(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
+    def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         config, calls = self.config, len(sigma) - 1
         last = [calls - k if config.lower_order_final else config.solver_order for k in range(begin, calls)]
         orders = [min(config.solver_order, i + 1, most) for i, most in enumerate(last)]
