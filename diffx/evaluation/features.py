@@ -63,7 +63,10 @@ class GlyphFeatures:
         if not file.exists():
             raise ValueError(f"no encoder.safetensors in {str(folder)!r}; leave folder= out to use the shipped encoder")
         encoder = GlyphEncoder()
-        encoder.load_state_dict({key: value.float() for key, value in load_file(file).items()}, strict=False)
+        weights = {key: value.float() for key, value in load_file(file).items()}
+        missing, unexpected = encoder.load_state_dict(weights, strict=False)  # BatchNorm's call counters are not saved
+        if unexpected or any(not key.endswith("num_batches_tracked") for key in missing):
+            raise ValueError(f"{file} is for another network: it lacks {missing[:3]} and has {unexpected[:3]}")
         self._encoder = encoder.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> np.ndarray:
