@@ -76,13 +76,9 @@ def assert_parity(ours, stock, times=None, x=None, seed=None, begin=0, **kwargs)
 
 def cases(grids):
     """Every prediction type x grid at scaled-linear betas, then every other beta schedule x grid at one prediction type."""
-    for grid in grids:
-        for prediction_type in TYPES:
-            yield pytest.param("scaled_linear", grid, prediction_type, id=f"scaled_linear-{grid}-{prediction_type}")
-        for betas in ("linear", "cosine", "trained"):
-            yield pytest.param(betas, grid, "epsilon", id=f"{betas}-{grid}-epsilon")
-        for prediction_type in ("sample", "v_prediction"):
-            yield pytest.param("zero_snr", grid, prediction_type, id=f"zero_snr-{grid}-{prediction_type}")
+    kinds = [("scaled_linear", kind) for kind in TYPES] + [(betas, "epsilon") for betas in ("linear", "cosine", "trained")]
+    kinds += [("zero_snr", kind) for kind in ("sample", "v_prediction")]
+    return [pytest.param(betas, grid, kind, id=f"{betas}-{grid}-{kind}") for grid in grids for betas, kind in kinds]
 
 
 # ---------------------------------------------------------------------------------------------- DDIM
