@@ -102,15 +102,19 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         _refuse_unknown(type(self).__name__, public, self.options | self.own_options)
         own = {k: v for k, v in public.items() if k in self.own_options and v != self.own_options[k]}
         stock = {k: v for k, v in public.items() if k in self.options}
-        defaulted = [k for k in self.options if k not in stock]
-        self.register_to_config(**{**private, **self.options, **stock, **own, "_use_default_values": defaulted})
+        # Whether x0 is bounded belongs to the model: it is written even where it is the default, so that it comes back from
+        # classes that know no clipping. Diffusers leaves the list out of a config that gives every option, and so do we.
+        defaulted = [k for k in self.options if k not in stock and k != "clip_sample"]
+        marked = {"_use_default_values": defaulted} if defaulted else {}
+        self.register_to_config(**{**private, **self.options, **stock, **own, **marked})
         self._process = self._make_process()
         self._check_options()
         self.betas = make_betas(self.config)
         self.alphas_cumprod = cumulative_alphas(self.betas)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
-        sigmas = self._process.sigma_at(np.arange(self.config.num_train_timesteps))[::-1]
+        table = self._process.edm_sigmas
+        sigmas = (self._process.sigma_at(np.arange(self.config.num_train_timesteps)) if table is None else table)[::-1]
         self.sigmas = torch.tensor(np.append(sigmas, 0.0), dtype=torch.float32)
         self._grid: Grid | None = None
         self._begin_index: int | None = None
@@ -139,7 +143,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         scheduler, unused = made
         if inferred and ("beta_schedule" not in config or "prediction_type" in config.get("_use_default_values", ())):
             # Stock flow schedulers have no such key: mark it as one they need not see when the config goes back to them.
-            scheduler.register_to_config(_use_default_values=[*scheduler.config["_use_default_values"], "prediction_type"])
+            scheduler.register_to_config(_use_default_values=[*scheduler.config.get("_use_default_values", ()), "prediction_type"])
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, **run_options: Any) -> Table:
@@ -228,11 +232,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """What the network is fed: in the VE frame sample / sqrt(edm_sigma^2 + 1) at the coming call, else the sample itself."""
+        """What the network is fed: in the VE frame sample / sqrt(edm_sigma^2 + 1) at the coming call, else the sample itself.
+
+        Before ``set_timesteps`` any training time is meant.
+        """
         if self._process.frame != "ve":
             return sample
-        index = self._index(timestep) if timestep is not None else self._expected()
-        return sample * (1 / math.hypot(1.0, self._require_grid().sigmas[index]))
+        if self._grid is None and timestep is not None:
+            sigma = float(self._process.sigma_at(np.array([float(timestep)]))[0])
+        else:
+            sigma = self._require_grid().sigmas[self._index(timestep) if timestep is not None else self._expected()]
+        return sample * (1 / math.hypot(1.0, sigma))
 
     def step(
         self,
