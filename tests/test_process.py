@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffx
-from diffx.schedulers.process import PredictionType, Process, get_args, is_flow, make_betas, x0_weights
+from diffx.schedulers.process import PredictionType, Process, get_args, is_flow, x0_weights
 
 LEVELS = {"vp": (0.6, 0.8), "ve": (1.0, 3.0), "flow": (0.25, 0.75)}
 
