@@ -8,7 +8,7 @@ thread's ``set_timesteps`` cut through raises instead of returning a mixture.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from typing import Any, Self
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .table import State, Table
 
-SETTING = Lock()  # held while a scheduler's grid is replaced or copied; a step never waits for it
+SETTING = RLock()  # held while a scheduler's grid is replaced or copied; a step never waits for it
 ONE_RUN = "two runs are using one scheduler: {}; give each run a scheduler of its own, scheduler.fork()"
 ANYBODY = 0  # no thread has this number
 
