@@ -17,7 +17,10 @@ import pytest
 from diffx.schedulers import SAMPLERS
 
 CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
-pytestmark = pytest.mark.skipif(not CHECKOUT, reason="DIFFUSERS_CHECKOUT names no checkout of Diffusers, whose tests these are")
+pytestmark = [
+    pytest.mark.skipif(not CHECKOUT, reason="DIFFUSERS_CHECKOUT names no checkout of Diffusers, whose tests these are"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # of the compatible stock classes
+]
 CONFIG = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")  # as Diffusers' files have it
 INHERITED = (
     "test_add_noise_device", "test_compatibles", "test_deprecated_kwargs", "test_from_pretrained", "test_from_save_pretrained",

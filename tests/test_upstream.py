@@ -23,6 +23,7 @@ ENTRIES = [Entry(*found) for found in re.findall(r"^## (.*?)\n(.*?)```python\n(.
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.title)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Diffusers' code, not of ours
 @each_entry
 def test_still_happens(entry):
     try:

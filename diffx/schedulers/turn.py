@@ -3,6 +3,9 @@
 ``set_timesteps`` makes a Turn, which names the calling thread and holds the run. ``in_turn`` lets a method begin in the calling
 thread's turn only, and looks at the end whether that turn is still in force. So no step waits for a lock, and one that another
 thread's ``set_timesteps`` cut through raises instead of returning a mixture.
+
+On one thread the elements of ``timesteps`` say whose they are. What cannot be seen: two loops that take turns on one thread,
+step with numbers or copied times, and together keep to the order of one run. ``fork()`` is for them, too.
 """
 
 import functools
