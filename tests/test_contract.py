@@ -409,6 +409,37 @@ def test_scheduler_folder(cls, tmp_path):
     assert type(again) is cls and plain(again.config) == plain(scheduler.config)
 
 
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_a_config_from_a_file_marks_no_defaults(cls, tmp_path):
+    """As in Diffusers: what a file says was said, so nothing of it may be dropped when the config goes to another class."""
+    scheduler = cls(**SCALED)
+    scheduler.save_pretrained(tmp_path)
+    want = dict(scheduler.config)
+    assert want.pop("_use_default_values")
+    assert dict(cls.from_pretrained(tmp_path).config) == want
+
+
+def test_clipping_survives_the_way_through_a_class_without_it():
+    for clip in (True, False):
+        config = diffx.DDIM(clip_sample=clip).config
+        for between in (diffx.Euler, diffx.UniPC, diffusers.EulerDiscreteScheduler):
+            assert diffx.DDIM.from_config(between.from_config(config).config).config.clip_sample is clip
+    assert diffx.DDIM.from_config(diffx.DDIM().config).config.clip_sample is True
+    assert diffx.DDIM.from_config(diffx.Euler().config).config.clip_sample is False  # nobody said that x0 is bounded
+
+
+def test_scale_model_input_before_a_run_takes_any_training_time():
+    x = noise()
+    for t in (0.0, 999, torch.tensor(421)):
+        edm_sigma = ((1 - diffx.Euler(**SCALED).alphas_cumprod[int(t)]) / diffx.Euler(**SCALED).alphas_cumprod[int(t)]) ** 0.5
+        want = x / (edm_sigma**2 + 1) ** 0.5
+        torch.testing.assert_close(diffx.Euler(**SCALED).scale_model_input(x, t), want, rtol=1e-5, atol=0)  # float32 tables
+    for name in ("DDIM", "DPM2", "UniPC2"):
+        assert make(name).scale_model_input(x, 0.0) is x
+    with pytest.raises(ValueError, match=r"call set_timesteps\(\) first"):
+        diffx.Euler(**SCALED).scale_model_input(x)
+
+
 RELOAD = """
 import sys, torch, diffx
 from diffusers import DiffusionPipeline

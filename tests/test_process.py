@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffx
-from diffx.schedulers.process import PredictionType, Process, get_args, is_flow, make_betas, x0_weights
+from diffx.schedulers.process import PredictionType, Process, get_args, is_flow, x0_weights
 
 LEVELS = {"vp": (0.6, 0.8), "ve": (1.0, 3.0), "flow": (0.25, 0.75)}
 
@@ -54,11 +54,18 @@ def test_betas_are_the_bits_of_diffusers(schedule, rescale):
     assert torch.equal(ours.betas, stock.betas) and torch.equal(ours.alphas_cumprod, stock.alphas_cumprod)
 
 
-def test_trained_betas_of_another_length_are_refused():
-    config = dict(diffx.DDIM().config) | {"trained_betas": [0.1] * 1000}
-    assert len(make_betas(config)) == 1000
-    with pytest.raises(ValueError, match="trained_betas has 999 numbers, num_train_timesteps is 1000"):
-        make_betas(config | {"trained_betas": [0.1] * 999})
+@pytest.mark.parametrize("cls", [diffx.DDIM, diffx.Euler, diffx.DPMSolver, diffx.UniPC])
+def test_trained_betas_of_another_length_are_refused_where_a_time_is_looked_up(cls):
+    """Construction takes them, as in Diffusers, whose tests make schedulers of two betas and never run them."""
+    good, bad = (cls(trained_betas=[0.01] * n) for n in (1000, 999))
+    x, t = torch.ones(1, 3, 2, 2), torch.tensor([5])
+    good.set_timesteps(4)
+    good.set_timesteps(sigmas=[9.0, 3.0, 0.0])
+    good.add_noise(x, x, t)
+    uses = lambda: bad.set_timesteps(4), lambda: bad.set_timesteps(sigmas=[9.0, 3.0, 0.0]), lambda: bad.add_noise(x, x, t)
+    for use in uses:
+        with pytest.raises(ValueError, match="trained_betas has 999 numbers, num_train_timesteps is 1000; they must agree"):
+            use()
 
 
 def test_unknown_beta_schedule_is_refused():

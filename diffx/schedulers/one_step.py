@@ -95,8 +95,6 @@ class DDIM(
 
         ``use_clipped_model_output`` is always on: the clipped prediction is what the step uses.
         """
-        if self._run is not None and self._run.options["eta"] != eta:  # no row looks back, so the rest of the run can change
-            self._run.table, self._run.options = self._table(self._run.begin, eta=eta), {"eta": eta}
         return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {"eta": eta})
 
     def _map_x0(self, x0: Tensor) -> Tensor:

@@ -41,16 +41,24 @@ class Process:
         """Grid values at train times ``t``, any real numbers in [0, T - 1] (flow: [0, T]); linear in between, as Diffusers."""
         if self.edm_sigmas is None:
             return t / self.num_train_timesteps
-        low = np.clip(np.floor(t).astype(int), 0, len(self.edm_sigmas) - 1)
+        table = self._whole_table(self.edm_sigmas)
+        low = np.clip(np.floor(t).astype(int), 0, len(table) - 1)
         if np.array_equal(low, t):
-            return self.edm_sigmas[low]  # np.interp turns an infinite last entry into NaN
-        return np.interp(t, np.arange(len(self.edm_sigmas)), self.edm_sigmas)
+            return table[low]  # np.interp turns an infinite last entry into NaN
+        return np.interp(t, np.arange(len(table)), table)
 
     def t_at(self, sigmas: np.ndarray) -> np.ndarray:
         """Train times, real numbers, of grid values; linear in log sigma between two train times and clipped at the ends."""
         if self.edm_sigmas is None:
             return sigmas * self.num_train_timesteps
-        return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.edm_sigmas), np.arange(len(self.edm_sigmas)))
+        table = self._whole_table(self.edm_sigmas)
+        return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
+
+    def _whole_table(self, table: np.ndarray) -> np.ndarray:
+        # Not checked at construction: Diffusers' own tests make schedulers of two betas, which never run.
+        if len(table) != self.num_train_timesteps:
+            raise ValueError(f"trained_betas has {len(table)} numbers, num_train_timesteps is {self.num_train_timesteps}; they must agree")
+        return table
 
     def x0_weights(self, alpha: float, sigma: float) -> tuple[float, float]:
         """The pair (a, b) with x0 = a x + b out at a noise level of this frame; see ``x0_weights``.
@@ -130,13 +138,11 @@ def make_betas(config: Mapping[str, Any]) -> torch.Tensor:
     is Lin et al. 2023 (arXiv:2305.08891) algorithm 1.
 
     Raises:
-        ValueError: unknown ``beta_schedule``, or ``trained_betas`` of another length than ``num_train_timesteps``.
+        ValueError: unknown ``beta_schedule``.
     """
     start, end, steps = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
         betas = torch.tensor(np.asarray(config["trained_betas"]), dtype=torch.float32)
-        if len(betas) != steps:
-            raise ValueError(f"trained_betas has {len(betas)} numbers, num_train_timesteps is {steps}; they must agree")
     else:
         match config["beta_schedule"]:
             case "linear":

@@ -1,11 +1,13 @@
 """The Diffusers scheduler contract on top of process, grid, table and noise: one class, of which every solver is a few lines."""
 
+import copy
 import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from .noise import keyed_normal, seeds_of
 from .plan import Plan, make_plan
 from .process import Frame, Process, cumulative_alphas, is_flow, make_betas, make_process
 from .table import State, Table, advance, combine
+from .turn import ONE_RUN, SETTING, HandedOut, Run, Turn, in_turn
 
 # Every option that describes a model or a grid, by Diffusers' names and with its defaults. A class adds its twin's own.
 COMMON: dict[str, Any] = dict(
@@ -42,21 +45,6 @@ class StepOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor
-
-
-@dataclass
-class Run:
-    """One pass through (a tail of) the grid: the table made for the calls from ``begin`` on, and what it remembers."""
-
-    begin: int
-    table: Table
-    state: State
-    options: dict[str, Any] = field(default_factory=dict)  # arguments of step that the table was made with
-    seeds: tuple[int, ...] | None = None  # of the samples, once a row asked for noise that nobody else seeds
-
-    @property
-    def index(self) -> int:
-        return self.begin + self.state.call
 
 
 class TableScheduler(SchedulerMixin, ConfigMixin):
@@ -102,20 +90,23 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         _refuse_unknown(type(self).__name__, public, self.options | self.own_options)
         own = {k: v for k, v in public.items() if k in self.own_options and v != self.own_options[k]}
         stock = {k: v for k, v in public.items() if k in self.options}
-        defaulted = [k for k in self.options if k not in stock]
-        self.register_to_config(**{**private, **self.options, **stock, **own, "_use_default_values": defaulted})
+        # Whether x0 is bounded belongs to the model: it is written even where it is the default, so that it comes back from
+        # classes that know no clipping. Diffusers leaves the list out of a config that gives every option, and so do we.
+        defaulted = [k for k in self.options if k not in stock and k != "clip_sample"]
+        marked = {"_use_default_values": defaulted} if defaulted else {}
+        self.register_to_config(**{**private, **self.options, **stock, **own, **marked})
         self._process = self._make_process()
         self._check_options()
         self.betas = make_betas(self.config)
         self.alphas_cumprod = cumulative_alphas(self.betas)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
-        sigmas = self._process.sigma_at(np.arange(self.config.num_train_timesteps))[::-1]
+        table = self._process.edm_sigmas
+        sigmas = (self._process.sigma_at(np.arange(self.config.num_train_timesteps)) if table is None else table)[::-1]
         self.sigmas = torch.tensor(np.append(sigmas, 0.0), dtype=torch.float32)
         self._grid: Grid | None = None
-        self._begin_index: int | None = None
-        self._run: Run | None = None
-        self._retired: list[Tensor] = []
+        self._turn = Turn()
+        self._handed_out = HandedOut()
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -139,7 +130,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         scheduler, unused = made
         if inferred and ("beta_schedule" not in config or "prediction_type" in config.get("_use_default_values", ())):
             # Stock flow schedulers have no such key: mark it as one they need not see when the config goes back to them.
-            scheduler.register_to_config(_use_default_values=[*scheduler.config["_use_default_values"], "prediction_type"])
+            scheduler.register_to_config(_use_default_values=[*scheduler.config.get("_use_default_values", ()), "prediction_type"])
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int, **run_options: Any) -> Table:
@@ -178,13 +169,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
     ) -> None:
         """Choose the times of the next run and forget the last one. See ``grid.make_grid`` for the arguments and errors."""
-        self._grid, self._begin_index, self._run = None, None, None  # a refused grid leaves no run behind
+        with SETTING:
+            self._turn = Turn(get_ident())  # first: a step that is going on in another thread sees that its turn is over
+            self._make_run_ready(device, num_inference_steps, timesteps, sigmas, mu)
+
+    def _make_run_ready(self, device, *wanted: Any) -> None:
+        self._grid = None  # a refused grid leaves no run behind
         self._process = self._make_process()  # read now: pipelines rewrite the config after construction
-        grid = make_grid(self._process, self.convention, self._grid_config(), num_inference_steps, timesteps, sigmas, mu)
+        grid = make_grid(self._process, self.convention, self._grid_config(), *wanted)
         self.num_inference_steps = len(grid.t)
         flow = self._process.frame == "flow"
         dtype = torch.int64 if self.convention.whole_t and not flow and np.array_equal(grid.t, np.round(grid.t)) else torch.float32
-        self._retired = [*self._retired[-3:], self.timesteps]
+        self._handed_out.add(self.timesteps)
         self.timesteps = torch.tensor(grid.t, dtype=dtype).to(device)
         # Diffusers keeps sigmas on the host, but for its flow schedulers.
         self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32).to(device if flow else "cpu")
@@ -194,20 +190,38 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._grid = grid
         self._table(0)  # an impossible run is refused here, not after the first network call
 
+    def fork(self) -> Self:
+        """An independent scheduler with the same config and grid, at the start of its run: one for each thread or request."""
+        other = copy.copy(self)
+        other._internal_dict = copy.deepcopy(other._internal_dict)
+        other.timesteps, other.sigmas = other.timesteps.clone(), other.sigmas.clone()
+        other._turn = Turn(other._turn.thread)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of: the same place in the run, claimed by the first thread that uses the copy."""
+        with SETTING:
+            return {**vars(self), "_turn": self._turn.copy(), "_handed_out": HandedOut()}
+
+    @in_turn
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the run at this index of ``timesteps`` (img2img)."""
+        turn = self._turn.claim()
         if self._grid is not None and not 0 <= begin_index < len(self._grid.t):
             raise ValueError(f"begin_index={begin_index} must lie between 0 and {len(self._grid.t) - 1}")
-        self._begin_index = begin_index
+        if turn.run is not None and turn.run.under_way and begin_index != turn.begin_index:
+            raise ValueError(ONE_RUN.format(f"begin_index={begin_index} was set while a run is at index {turn.run.index}"))
+        turn.begin_index = begin_index
 
     @property
     def begin_index(self) -> int | None:
-        return self._begin_index
+        return self._turn.begin_index
 
     @property
     def step_index(self) -> int | None:
         """Index of the next call, None before the first one."""
-        return None if self._run is None else self._run.index
+        run = self._turn.run
+        return None if run is None else run.index
 
     @property
     def init_noise_sigma(self) -> float:
@@ -228,11 +242,21 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """What the network is fed: in the VE frame sample / sqrt(edm_sigma^2 + 1) at the coming call, else the sample itself."""
+        """What the network is fed: in the VE frame sample / sqrt(edm_sigma^2 + 1) at the coming call, else the sample itself.
+
+        Before ``set_timesteps`` any training time is meant.
+        """
         if self._process.frame != "ve":
             return sample
-        index = self._index(timestep) if timestep is not None else self._expected()
-        return sample * (1 / math.hypot(1.0, self._require_grid().sigmas[index]))
+        return self._scaled(sample, timestep)
+
+    @in_turn
+    def _scaled(self, sample: Tensor, timestep: float | Tensor | None) -> Tensor:
+        if self._grid is None and timestep is not None:
+            sigma = float(self._process.sigma_at(np.array([float(timestep)]))[0])
+        else:
+            sigma = self._require_grid().sigmas[self._index(timestep) if timestep is not None else self._expected()]
+        return sample * (1 / math.hypot(1.0, sigma))
 
     def step(
         self,
@@ -257,11 +281,15 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {})
 
+    @in_turn
     def _step(self, out: Tensor, timestep, x: Tensor, generator, variance_noise, return_dict: bool, run_options: dict[str, Any]):
+        turn = self._turn.claim()
         index = self._index(timestep)
-        run = self._run
+        run = turn.run
         if run is None or index != run.index:
-            run = self._start_or_refuse(index, timestep, run_options)
+            run = self._start_or_refuse(turn, index, timestep, run_options)
+        elif run_options and run.options != run_options:  # no row of such a table looks back, so the rest of the run can change
+            run.table, run.options = self._table(run.begin, **run_options), run_options
         dtype = out.dtype
         # numel stands for the shape: comparing shapes costs half a kernel, and every mismatch that would broadcast differs here
         if not run.state.call or out.numel() != x.numel() or out.device != x.device:
@@ -306,10 +334,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             storage = timestep.untyped_storage()._cdata  # views made in inference mode do not name their base
             if storage == self.timesteps.untyped_storage()._cdata and self._grid is not None:
                 return int(timestep.storage_offset())
-            if any(storage == old.untyped_storage()._cdata for old in self._retired):
-                raise ValueError(
-                    "this timestep belongs to an earlier set_timesteps(): two runs are using one scheduler; give each its own copy"
-                )
+            if timestep in self._handed_out:
+                raise ValueError(ONE_RUN.format("this timestep belongs to an earlier set_timesteps()"))
         times = self._require_grid().t
         value = float(timestep)
         expected = self._expected()
@@ -321,15 +347,15 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return index
 
     def _expected(self) -> int:
-        return self._run.index if self._run is not None else self._begin_index or 0
+        turn = self._turn
+        return turn.run.index if turn.run is not None else turn.begin_index or 0
 
-    def _start_or_refuse(self, index: int, timestep, run_options: dict[str, Any]) -> Run:
+    def _start_or_refuse(self, turn: Turn, index: int, timestep, run_options: dict[str, Any]) -> Run:
         """A new run from ``index``; a plain number out of order gets a run of its own that nobody continues."""
         calls = len(self._require_grid().t)
-        begin = self._begin_index
-        if self._run is None and begin in (None, index):
-            self._run = Run(index, self._table(index, **run_options), State(), run_options)
-            return self._run
+        if turn.run is None and turn.begin_index in (None, index):
+            turn.run = Run(index, self._table(index, **run_options), State(), run_options)
+            return turn.run
         if not isinstance(timestep, Tensor):
             return Run(index, self._table(index, **run_options), State())
         expected = self._expected()
@@ -363,13 +389,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     # --- the forward process ----------------------------------------------------------------------------------------
 
+    @in_turn
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B, ...) alpha x0 + sigma noise in this scheduler's frame.
 
         In a run that a pipeline placed with ``set_begin_index`` the level is that of the coming call, as in Diffusers;
         otherwise ``timesteps`` (B,) are looked up, in the run's grid if they are of it, else among all training times.
         """
-        if self._begin_index is not None and self._grid is not None:
+        if self.begin_index is not None and self._grid is not None:
             index = min(self._expected(), len(self._grid.t))
             alpha, sigma = (float(level[index]) for level in self._levels)
             return combine((alpha, sigma), original_samples, (noise.to(original_samples.dtype),))
