@@ -238,6 +238,101 @@ def test_flow_euler_explicit_sigmas(grid):
         assert_parity(ours, stock)
 
 
+# ---------------------------------------------------------------------------------------------- Heun
+
+
+HEUN_CASES = [case for case in cases(SPACINGS | SIGMA_GRIDS) if "zero_snr" not in case.values]  # stock knows no zero terminal SNR
+
+
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), HEUN_CASES)
+def test_heun(betas, grid, prediction_type):
+    stock = diffusers.HeunDiscreteScheduler(prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid])
+    ours = diffx.Heun.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=1e-5, atol=0)
+        if betas == "cosine":  # stock rounds sigmas of 2e4 to float32, which alone is 5e-5 at the end: both get ours
+            stock.sigmas = torch.tensor([call.sigma for call in ours.plan().calls] + [0.0], dtype=torch.float64)
+        assert_parity(ours, stock)
+
+
+def test_heun_clips_and_takes_custom_timesteps():
+    stock = diffusers.HeunDiscreteScheduler(clip_sample=True, clip_sample_range=0.7, **SCALED)
+    ours = diffx.Heun.from_config(stock.config)
+    for times in ([999, 812, 600, 405, 111, 7], [700, 20]):
+        stock.set_timesteps(timesteps=times)
+        ours.set_timesteps(timesteps=times)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_heun(shift):
+    """FlowMatchHeun knows one option, the shift, and takes neither sigmas nor mu: its own grid is all there is to compare."""
+    stock = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+    ours = diffx.Heun.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+def test_heun_edits_after_an_interval_act_like_in_the_twin():
+    stock = diffusers.HeunDiscreteScheduler(**SCALED)
+    ours = diffx.Heun.from_config(stock.config)
+    mask, known = torch.rand(SHAPE, generator=torch.Generator().manual_seed(8), dtype=torch.float64), noise(9)
+    for num_steps in (6, 20):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, edit=lambda k, x: mask * x + (1 - mask) * known if k % 2 else x)
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["set_begin_index", "first_timestep"])
+def test_heun_begins_with_every_interval(announced):
+    for begin in range(0, 11, 2):
+        stock = diffusers.HeunDiscreteScheduler(**SCALED)
+        ours = diffx.Heun.from_config(stock.config)
+        ends = []
+        for scheduler in (ours, stock):
+            scheduler.set_timesteps(6)
+            if announced:
+                scheduler.set_begin_index(begin)
+            x = scheduler.add_noise(noise(1), noise(2), scheduler.timesteps[begin : begin + 1])
+            for t in scheduler.timesteps[begin:]:
+                x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+            ends.append(x)
+        assert_same(*ends, f"from index {begin}")
+
+
+# ---------------------------------------------------------------------------------------------- bounds on x0
+
+BOUNDED = {
+    "DDIM": (diffx.DDIM, diffusers.DDIMScheduler, dict(timestep_spacing="leading", clip_sample=False)),
+    "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler, {}),
+    "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("most", [1.0, 1.5, 50.0])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_dynamic_thresholding(name, most):
+    cls, stock_class, options = BOUNDED[name]
+    stock = stock_class(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=most, **options, **SCALED)
+    ours = cls.from_config(stock.config)
+    consistent = dict(use_clipped_model_output=True) if name == "DDIM" else {}
+    for num_steps in STEPS:
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(num_steps)
+        loud = lambda x, t: 3 * network(x, t)  # noqa: E731  # so that the bound acts
+        want = denoise(stock, loud, noise(), **consistent)
+        assert_same(denoise(ours, loud, noise(), **consistent), want)
+    unbounded = cls.from_config(stock.config, thresholding=False)
+    for scheduler in (ours, unbounded):
+        scheduler.set_timesteps(4)
+    x0, free = (s.step(noise(2), s.timesteps[0], noise()).pred_original_sample for s in (ours, unbounded))
+    assert x0.abs().max() <= 1 < free.abs().max()
+
+
 # ---------------------------------------------------------------------------------------------- DPMSolver
 
 DPM_SOLVERS = {

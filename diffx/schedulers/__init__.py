@@ -5,9 +5,10 @@ from .one_step import DDIM, Euler
 from .plan import Call, Plan
 from .scheduler import StepOutput, TableScheduler
 from .table import Row, State, Table, advance
+from .two_stage import Heun
 from .unipc import UniPC
 
-SAMPLERS = (DDIM, Euler, DPMSolver, UniPC)
+SAMPLERS = (DDIM, Euler, Heun, DPMSolver, UniPC)
 for _sampler in SAMPLERS:
     _sampler.__module__ = "diffx"  # the name Diffusers writes into model_index.json, whatever file the class lives in
 
@@ -17,6 +18,7 @@ __all__ = [
     "Call",
     "DPMSolver",
     "Euler",
+    "Heun",
     "Plan",
     "Row",
     "State",

@@ -29,6 +29,11 @@ class Grid:
     t: np.ndarray  # (N,) what the network is fed
     sigmas: np.ndarray  # (N + 1,) falling
 
+    def per_call(self, calls: int) -> "Grid":
+        """The same grid with an entry per network call, for methods that call ``calls`` times in every interval but the last."""
+        t, sigmas = (np.repeat(each, calls)[calls - 1 :] for each in (self.t, self.sigmas[:-1]))
+        return Grid(t, np.append(sigmas, self.sigmas[-1]))
+
 
 def make_grid(
     process: Process,

@@ -104,8 +104,6 @@ class DPMSolver(
             raise ValueError(f"algorithm_type={config.algorithm_type!r} is not one of dpmsolver++, sde-dpmsolver++")
         if config.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order={config.solver_order} must be 1, 2 or 3")
-        if config.thresholding:
-            raise ValueError("thresholding=True is not supported")
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         config, calls = self.config, len(sigma) - 1

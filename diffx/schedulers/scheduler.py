@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .clip import make_x0_map
 from .grid import Convention, Grid, make_grid
 from .noise import keyed_normal, seeds_of
 from .plan import Plan, make_plan
@@ -121,7 +122,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler for the model that a Diffusers scheduler config describes; ``kwargs`` override single options.
 
-        A flow config stays one, whichever class it came from.
+        A flow config stays one, whichever class it came from. The config of a scheduler that knows no clipping brings none.
 
         Raises:
             ValueError: an option that this class does not have (with the nearest name), or a config for networks with
@@ -132,6 +133,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if "sigma_data" in config:
             raise ValueError("this config is for networks with EDM preconditioning (sigma_data), which diffx does not sample")
         _refuse_unknown(cls.__name__, {k: v for k, v in kwargs.items() if not k.startswith("_")}, cls.options | cls.own_options)
+        if "clip_sample" in cls.options and "clip_sample" not in config:  # its x0 may be unbounded latents
+            kwargs.setdefault("clip_sample", False)
         inferred = is_flow({**config, **kwargs}) and "prediction_type" not in kwargs
         if inferred:
             kwargs["prediction_type"] = "flow_prediction"
@@ -146,7 +149,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """The table of the calls ``begin`` .. N - 1; what a subclass defines.
 
         Args:
-            alpha, sigma: (N + 1,) the noise levels of the whole grid, in this class's frame.
+            alpha, sigma: (N + 1,) the noise levels of all N calls and of the end, in this class's frame.
             run_options: extra arguments of the subclass's ``step``.
         """
         raise NotImplementedError
@@ -154,6 +157,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _read_run_options(self) -> None:
         """Keep the options that every step needs; called by ``set_timesteps``, since pipelines rewrite the config before it."""
         self._check_finite = bool(self.config.get("check_finite"))
+        self._x0_map = make_x0_map(self.config)
 
     def _check_options(self) -> None:
         """Refuse, at construction, option values that could only fail later."""
@@ -180,8 +184,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Choose the times of the next run and forget the last one. See ``grid.make_grid`` for the arguments and errors."""
         self._grid, self._begin_index, self._run = None, None, None  # a refused grid leaves no run behind
         self._process = self._make_process()  # read now: pipelines rewrite the config after construction
-        grid = make_grid(self._process, self.convention, self._grid_config(), num_inference_steps, timesteps, sigmas, mu)
-        self.num_inference_steps = len(grid.t)
+        intervals = make_grid(self._process, self.convention, self._grid_config(), num_inference_steps, timesteps, sigmas, mu)
+        self.num_inference_steps = len(intervals.t)
+        grid = intervals.per_call(self.order)
         flow = self._process.frame == "flow"
         dtype = torch.int64 if self.convention.whole_t and not flow and np.array_equal(grid.t, np.round(grid.t)) else torch.float32
         self._retired = [*self._retired[-3:], self.timesteps]
@@ -198,6 +203,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Start the run at this index of ``timesteps`` (img2img)."""
         if self._grid is not None and not 0 <= begin_index < len(self._grid.t):
             raise ValueError(f"begin_index={begin_index} must lie between 0 and {len(self._grid.t) - 1}")
+        self._refuse_mid_interval(begin_index)
         self._begin_index = begin_index
 
     @property
@@ -272,16 +278,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             out = out.to(x.dtype)
         if self._check_finite and not torch.isfinite(out).all():
             raise ValueError(f"the network's output at call {index} (t={float(timestep):g}) holds NaN or infinity")
-        x0 = self._map_x0(combine(self._x0_weights[index], x, (out,)))
-
+        x0 = combine(self._x0_weights[index], x, (out,))
+        if self._x0_map is not None:
+            x0 = self._x0_map(x0)
         sample, run.state = advance(run.table, run.state, x, x0, lambda: self._draw(run, index, x, dtype, generator, variance_noise))
         if sample.dtype != dtype:
             sample, x0 = sample.to(dtype), x0.to(dtype)
         return StepOutput(prev_sample=sample, pred_original_sample=x0) if return_dict else (sample, x0)
-
-    def _map_x0(self, x0: Tensor) -> Tensor:
-        """A map applied to every prediction of the clean sample, such as clipping."""
-        return x0
 
     def _draw(self, run: Run, index: int, x: Tensor, dtype: torch.dtype, generator, variance_noise: Tensor | None) -> Tensor:
         if variance_noise is not None:
@@ -316,6 +319,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if expected < len(times) and math.isclose(value, times[expected], rel_tol=1e-6, abs_tol=1e-6):
             return expected
         index = int(np.abs(times - value).argmin())
+        index += -index % self.order  # of a time visited twice, the call that begins its interval
         if isinstance(timestep, Tensor) and not math.isclose(value, times[index], rel_tol=1e-6, abs_tol=1e-6):
             raise ValueError(f"timestep {value:g} is not among the {len(times)} times of this run; set_timesteps() chooses them")
         return index
@@ -328,6 +332,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         calls = len(self._require_grid().t)
         begin = self._begin_index
         if self._run is None and begin in (None, index):
+            self._refuse_mid_interval(index)
             self._run = Run(index, self._table(index, **run_options), State(), run_options)
             return self._run
         if not isinstance(timestep, Tensor):
@@ -339,6 +344,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             f"step out of order: got index {index} (t={self._grid.t[index]:g}), expected index {expected} "  # type: ignore[union-attr]
             f"(t={self._grid.t[expected]:g}); one scheduler serves one run at a time, and set_timesteps() starts a new one"  # type: ignore[union-attr]
         )
+
+    def _refuse_mid_interval(self, index: int) -> None:
+        if index % self.order:
+            raise ValueError(
+                f"index {index} is in the middle of an interval of {type(self).__name__}, which calls the network {self.order} times in "
+                f"each: begin at a multiple of {self.order}, e.g. {index - index % self.order}"
+            )
 
     def _table(self, begin: int, **run_options: Any) -> Table:
         alpha, sigma = self._levels
