@@ -17,15 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffx
 from diffx.oracle import finite_data
+from diffx.schedulers import SAMPLERS
 from diffx.testing import call_inputs, denoise, tiny_flux, tiny_stable_diffusion
 
 SHAPE = (2, 3, 4, 4)
 SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 FLOW = dict(prediction_type="flow_prediction", shift=3.0)
-CLASSES = {"DDIM": diffx.DDIM, "Euler": diffx.Euler, "Heun": diffx.Heun, "DPMSolver": diffx.DPMSolver, "UniPC": diffx.UniPC}
+CLASSES = {cls.__name__: cls for cls in SAMPLERS}
 SOLVERS = {
     "DDIM": (diffx.DDIM, dict(clip_sample=False)),
     "Euler": (diffx.Euler, {}),
+    "Ancestral": (diffx.EulerAncestral, {}),
+    "DDPM": (diffx.DDPM, dict(clip_sample=False)),
     "Heun": (diffx.Heun, {}),
     "DPM1": (diffx.DPMSolver, dict(solver_order=1)),
     "DPM2": (diffx.DPMSolver, dict(solver_order=2)),
@@ -41,6 +44,9 @@ TWINS = {
     "DDIM": (diffx.DDIM, diffusers.DDIMScheduler),
     "Euler": (diffx.Euler, diffusers.EulerDiscreteScheduler),
     "FlowEuler": (diffx.Euler, diffusers.FlowMatchEulerDiscreteScheduler),
+    "Ancestral": (diffx.EulerAncestral, diffusers.EulerAncestralDiscreteScheduler),
+    "FlowAncestral": (diffx.EulerAncestral, diffusers.LTXEulerAncestralRFScheduler),
+    "DDPM": (diffx.DDPM, diffusers.DDPMScheduler),
     "Heun": (diffx.Heun, diffusers.HeunDiscreteScheduler),
     "FlowHeun": (diffx.Heun, diffusers.FlowMatchHeunDiscreteScheduler),
     "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler),
@@ -92,7 +98,7 @@ def test_a_perfect_model_of_one_point_lands_on_it(solver, grid, prediction_type)
     """Data that is one point: every table must end exactly there. 1e-5: states are float32 and sigma reaches 4096."""
     if grid == "zero_snr" and prediction_type == "epsilon":
         pytest.skip("epsilon says nothing at zero terminal SNR and is refused, see below")
-    if prediction_type == "flow_prediction" and (grid in ("zero_snr", "linspace", "leading") or solver == "DDIM"):
+    if prediction_type == "flow_prediction" and (grid in ("zero_snr", "linspace", "leading") or solver in ("DDIM", "DDPM")):
         config = {} if grid == "linspace" else {"leading": dict(shift=3.0), "zero_snr": dict(shift_terminal=0.02)}.get(grid, GRIDS[grid])
     else:
         config = GRIDS[grid]
@@ -125,7 +131,7 @@ def test_parameters_that_pipelines_inspect(name):
     ours, stock = twin_pair(name)
     mine, theirs = inspect.signature(ours.set_timesteps).parameters, inspect.signature(stock.set_timesteps).parameters
     assert list(mine)[:2] == ["num_inference_steps", "device"]
-    theirs = set(theirs) - {"num_train_timesteps"}  # of stock Heun: no pipeline passes it
+    theirs = set(theirs) - {"num_train_timesteps", "kwargs"}  # of stock Heun and LTX: no pipeline passes them
     assert {"timesteps", "sigmas", "mu"} <= set(mine) and theirs <= set(mine)
     step = inspect.signature(ours.step).parameters
     assert list(step)[:3] == ["model_output", "timestep", "sample"] and {"generator", "return_dict"} <= set(step)
@@ -134,7 +140,7 @@ def test_parameters_that_pipelines_inspect(name):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("name", ["DDIM", "Euler", "Heun", "DPMSolver", "UniPC"])
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "Euler", "Ancestral", "Heun", "DPMSolver", "UniPC"])
 def test_init_noise_sigma_and_scale_model_input(name, spacing):
     ours, stock = twin_pair(name, timestep_spacing=spacing)
     for scheduler in (ours, stock):
@@ -143,7 +149,7 @@ def test_init_noise_sigma_and_scale_model_input(name, spacing):
     x = noise()
     for k in range(7):
         assert isinstance(ours.scale_model_input(x, ours.timesteps[k]), torch.Tensor)
-        if name not in ("Euler", "Heun") or k == 0:
+        if name not in ("Euler", "Ancestral", "Heun") or k == 0:
             want = stock.scale_model_input(x, stock.timesteps[k])
             torch.testing.assert_close(ours.scale_model_input(x, ours.timesteps[k]), want, rtol=1e-6, atol=1e-7)
 
@@ -308,7 +314,7 @@ def test_set_timesteps_starts_over(name):
 def test_half_precision_in_and_out(name, dtype):
     draw = lambda: dict(generator=torch.Generator().manual_seed(1))  # noqa: E731
     wide, scheduler = ready(name), ready(name)
-    if name in ("Euler", "Heun"):
+    if name in ("Euler", "Ancestral", "Heun"):
         start = noise() * 14.6  # VE
     else:
         start = noise()
@@ -357,6 +363,9 @@ def test_config_round_trip_keeps_every_stock_key(name):
         "Euler": dict(**SCALED, use_karras_sigmas=True, timestep_spacing="trailing", sigma_min=0.1, final_sigmas_type="sigma_min"),
         "FlowEuler": dict(shift=2.5, use_dynamic_shifting=True, base_shift=0.4, max_image_seq_len=2048, time_shift_type="linear"),
         "Heun": dict(**SCALED, timestep_spacing="leading", steps_offset=1, clip_sample=True, clip_sample_range=3.0),
+        "Ancestral": dict(**SCALED, timestep_spacing="trailing", prediction_type="v_prediction"),
+        "FlowAncestral": dict(eta=0.5, s_noise=0.9),
+        "DDPM": dict(**SCALED, variance_type="fixed_large", clip_sample_range=2.0, steps_offset=1),
         "FlowHeun": dict(shift=2.5),
         "DPMSolver": dict(**SCALED, solver_order=3, solver_type="heun", euler_at_final=True, lambda_min_clipped=-5.1),
         "UniPC": dict(**SCALED, solver_order=3, solver_type="bh1", disable_corrector=[1], timestep_spacing="leading"),
@@ -463,7 +472,7 @@ def test_canary_of_registration():
         "import diffusers\n"
         "assert diffusers.pipelines.diffx is diffx\n"
         "assert 'transformers' not in sys.modules, 'registration must not import transformers'\n"
-        "for name in ('DDIM', 'Euler', 'Heun', 'DPMSolver', 'UniPC'):\n"
+        "for name in ('DDIM', 'DDPM', 'Euler', 'EulerAncestral', 'Heun', 'DPMSolver', 'UniPC'):\n"
         "    cls = getattr(diffx, name); assert cls.__module__ == 'diffx', cls.__module__\n"
         "    assert not hasattr(diffusers, name), f'Diffusers now exports {name}, too'\n"
     )
@@ -637,7 +646,7 @@ def test_no_step_reads_the_device(name, flow):
     """0 reads, 0 uploads, and at most order + 3 kernels per weighted sum; noise that is made on the host is uploaded besides."""
     scheduler = make(name, **(FLOW if flow else {}))
     order = scheduler.config.get("solver_order", 1)
-    stochastic = name.startswith("SDE")
+    stochastic = name.startswith("SDE") or name in ("Ancestral", "DDPM")
     scheduler.set_timesteps(8, device="meta")
     x = torch.empty(SHAPE, device="meta")
     given = dict(variance_noise=torch.empty(SHAPE, device="meta")) if stochastic else {}

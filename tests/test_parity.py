@@ -64,7 +64,7 @@ def assert_parity(ours, stock, times=None, x=None, seed=None, begin=0, **kwargs)
         torch.testing.assert_close(ours.timesteps.double(), stock.timesteps.double(), rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(float(ours.init_noise_sigma), float(getattr(stock, "init_noise_sigma", 1.0)), rtol=1e-6, atol=0)
     start = noise() * float(ours.init_noise_sigma) if x is None else x
-    if not isinstance(stock, diffusers.DDIMScheduler):
+    if not isinstance(stock, diffusers.DDIMScheduler | diffusers.DDPMScheduler):
         stock.set_begin_index(begin)  # stock looks times up by value and starts one late where two rounded times are equal
     ends = []
     for scheduler in (ours, stock):
@@ -302,6 +302,101 @@ def test_heun_begins_with_every_interval(announced):
                 x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
             ends.append(x)
         assert_same(*ends, f"from index {begin}")
+
+
+# ---------------------------------------------------------------------------------------------- ancestral and DDPM
+
+ANCESTRAL_CASES = [case for case in cases(SPACINGS) if "sample" not in case.values]  # "sample" is not implemented in stock
+
+
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), ANCESTRAL_CASES)
+def test_euler_ancestral(betas, grid, prediction_type):
+    stock = diffusers.EulerAncestralDiscreteScheduler(prediction_type=prediction_type, **BETAS[betas], **SPACINGS[grid])
+    ours = diffx.EulerAncestral.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        stock.sigmas = stock.sigmas.double()  # stock subtracts float32 sigmas of up to 2e4
+        assert_parity(ours, stock, seed=3)
+
+
+@pytest.mark.parametrize(("eta", "s_noise"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (0.3, 1.2), (0.0, 1.0)])
+def test_flow_ancestral(eta, s_noise):
+    stock = diffusers.LTXEulerAncestralRFScheduler(eta=eta, s_noise=s_noise)
+    ours = diffx.EulerAncestral.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=3)
+    given = [1.0, 0.9, 0.7, 0.3, 0.0]
+    stock.set_timesteps(sigmas=given)
+    ours.set_timesteps(sigmas=given)
+    stock.timesteps = stock.timesteps[:-1]  # stock visits sigma 0, too, and there does nothing
+    assert_parity(ours, stock, seed=3)
+
+
+def stock_ddpm_pair(**config):
+    stock = diffusers.DDPMScheduler(**{"clip_sample": False, **SCALED, **config})
+    return stock, diffx.DDPM.from_config(stock.config)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_ddpm(variance_type, prediction_type):
+    """On "leading", where stock's ``t - T // N`` is the next time of its grid."""
+    for betas in ("linear", "scaled_linear", "cosine", "trained"):
+        stock, ours = stock_ddpm_pair(prediction_type=prediction_type, variance_type=variance_type, **BETAS[betas])
+        for num_steps in STEPS:
+            stock.set_timesteps(num_steps)
+            ours.set_timesteps(num_steps)
+            assert_parity(ours, stock, seed=3)
+
+
+def test_ddpm_offset_clipping_custom_times_and_zero_snr():
+    for options in (dict(steps_offset=1), dict(clip_sample=True, clip_sample_range=0.7), dict(thresholding=True, sample_max_value=1.5)):
+        stock, ours = stock_ddpm_pair(**options)
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(20)
+        assert_parity(ours, stock, seed=3)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(timesteps=[999, 812, 600, 405, 111, 0])
+    assert_parity(ours, stock, seed=3)
+    stock, ours = stock_ddpm_pair(timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(20)
+    assert_parity(ours, stock, seed=3)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_ddpm_learned_variance(variance_type):
+    """The network's second half of the channels: a variance, or a number in -1 .. 1 between the small and the large one."""
+    stock, ours = stock_ddpm_pair(variance_type=variance_type)
+
+    def two_halves(x, t):
+        low, high = (0.001, 0.05) if variance_type == "learned" else (-1, 1)
+        return torch.cat([network(x, t), low + (high - low) * torch.sigmoid(2 * x)], 1)
+
+    for num_steps in STEPS:
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(num_steps)
+        want, got = (denoise(each, two_halves, noise(), generator=torch.Generator().manual_seed(3)) for each in (stock, ours))
+        assert_same(got, want)
+    with pytest.raises(ValueError, match=f"variance_type='{variance_type}' needs 6 channels of model_output.* it has 3"):
+        ours.set_timesteps(4)
+        ours.step(noise(), ours.timesteps[0], noise())
+    with pytest.raises(ValueError, match="variance_type='large' is not one of fixed_small"):
+        diffx.DDPM(variance_type="large")
+
+
+def test_fixed_large_log_is_fixed_large():
+    """Diffusers takes the square root of the logarithm, which is NaN; the name means the same numbers."""
+    stock, ours = stock_ddpm_pair(variance_type="fixed_large_log")
+    plain = diffx.DDPM.from_config(stock.config, variance_type="fixed_large")
+    for scheduler in (stock, ours, plain):
+        scheduler.set_timesteps(9)
+    assert ours.plan().calls == plain.plan().calls
+    draw = dict(generator=torch.Generator().manual_seed(3))
+    assert torch.isnan(denoise(stock, network, noise(), **draw)).any()
 
 
 # ---------------------------------------------------------------------------------------------- bounds on x0

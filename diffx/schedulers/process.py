@@ -116,11 +116,11 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler config, ours or Diffusers', in memory or from a file, describes a flow model.
 
     Diffusers' flow schedulers say so by their class only, and an in-memory config does not hold its class: they are the ones
-    that have shifts and no betas.
+    that have shifts (the LTX ancestral one: a noise factor) and no betas.
     """
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return True
-    return "beta_schedule" not in config and "trained_betas" not in config and ("shift" in config or "invert_sigmas" in config)
+    return "beta_schedule" not in config and "trained_betas" not in config and not {"shift", "invert_sigmas", "s_noise"}.isdisjoint(config)
 
 
 def make_betas(config: Mapping[str, Any]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -263,7 +263,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {})
 
-    def _step(self, out: Tensor, timestep, x: Tensor, generator, variance_noise, return_dict: bool, run_options: dict[str, Any]):
+    def _step(
+        self,
+        out: Tensor,
+        timestep,
+        x: Tensor,
+        generator,
+        variance_noise,
+        return_dict: bool,
+        run_options: dict[str, Any],
+        noise_scale: Callable[[int], Tensor] | None = None,  # index of the call -> (B, ...) factor on its noise
+    ) -> StepOutput | tuple[Tensor, Tensor]:
         index = self._index(timestep)
         run = self._run
         if run is None or index != run.index:
@@ -281,7 +291,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         x0 = combine(self._x0_weights[index], x, (out,))
         if self._x0_map is not None:
             x0 = self._x0_map(x0)
-        sample, run.state = advance(run.table, run.state, x, x0, lambda: self._draw(run, index, x, dtype, generator, variance_noise))
+
+        def draw() -> Tensor:
+            z = self._draw(run, index, x, dtype, generator, variance_noise)
+            return z if noise_scale is None else z * noise_scale(index)
+
+        sample, run.state = advance(run.table, run.state, x, x0, draw)
         if sample.dtype != dtype:
             sample, x0 = sample.to(dtype), x0.to(dtype)
         return StepOutput(prev_sample=sample, pred_original_sample=x0) if return_dict else (sample, x0)
