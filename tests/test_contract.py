@@ -57,6 +57,10 @@ GRIDS = {
     "linspace": dict(timestep_spacing="linspace"),
     "trailing": dict(timestep_spacing="trailing"),
     "karras": dict(use_karras_sigmas=True),
+    "exponential": dict(use_exponential_sigmas=True),
+    "beta": dict(use_beta_sigmas=True),
+    "quadratic": dict(spacing="quadratic"),
+    "ays": dict(spacing="ays_sd"),
     "zero_snr": dict(timestep_spacing="trailing", rescale_betas_zero_snr=True),
 }
 
@@ -98,6 +102,8 @@ def test_a_perfect_model_of_one_point_lands_on_it(solver, grid, prediction_type)
     """Data that is one point: every table must end exactly there. 1e-5: states are float32 and sigma reaches 4096."""
     if grid == "zero_snr" and prediction_type == "epsilon":
         pytest.skip("epsilon says nothing at zero terminal SNR and is refused, see below")
+    if prediction_type == "flow_prediction" and grid in ("quadratic", "ays"):
+        pytest.skip("for models with betas, see below")
     if prediction_type == "flow_prediction" and (grid in ("zero_snr", "linspace", "leading") or solver in ("DDIM", "DDPM")):
         config = {} if grid == "linspace" else {"leading": dict(shift=3.0), "zero_snr": dict(shift_terminal=0.02)}.get(grid, GRIDS[grid])
     else:
@@ -560,9 +566,22 @@ def test_bad_options_next_to_good_ones(cls):
         cls(beta_schedule="cubic")
     with pytest.raises(ValueError, match="timestep_spacing='quadratic' is not one of leading"):
         cls(timestep_spacing="quadratic").set_timesteps(4)
-    for word in ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):  # refused, not ignored
-        with pytest.raises(ValueError, match=f"{word}=True is not supported"):
-            cls(**{word: True}).set_timesteps(4)
+    with pytest.raises(ValueError, match="invert_sigmas=True is not supported"):  # refused, not ignored
+        cls(invert_sigmas=True).set_timesteps(4)
+    cls(use_beta_sigmas=True).set_timesteps(4)
+    with pytest.raises(ValueError, match="use_karras_sigmas and use_beta_sigmas are both on; set one of them"):
+        cls(use_beta_sigmas=True, use_karras_sigmas=True).set_timesteps(4)
+    cls(spacing="quadratic").set_timesteps(4)
+    with pytest.raises(ValueError, match="spacing='cubic' is not one of quadratic, ays_sd"):
+        cls(spacing="cubic").set_timesteps(4)
+    with pytest.raises(ValueError, match="spacing='quadratic' contradicts timestep_spacing='trailing'; set one of them"):
+        cls(spacing="quadratic", timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="spacing='ays_sd' contradicts use_karras_sigmas=True; set one of them"):
+        cls(spacing="ays_sd", use_karras_sigmas=True).set_timesteps(4)
+    with pytest.raises(ValueError, match="spacing='quadratic' is for models with betas; flow models have"):
+        cls(spacing="quadratic", **FLOW).set_timesteps(4)
+    with pytest.raises(ValueError, match="use_beta_sigmas=True; pass sigmas"):
+        cls(use_beta_sigmas=True).set_timesteps(timesteps=[900, 10])
     with pytest.raises(ValueError, match="EDM preconditioning"):
         cls.from_config(diffusers.EDMEulerScheduler().config)
 

@@ -32,6 +32,12 @@ SIGMA_GRIDS = {
     "karras": dict(use_karras_sigmas=True),
     "karras_leading": dict(use_karras_sigmas=True, timestep_spacing="leading"),
 }
+FILLED = {
+    "exponential": dict(use_exponential_sigmas=True),
+    "exponential_trailing": dict(use_exponential_sigmas=True, timestep_spacing="trailing"),
+    "beta": dict(use_beta_sigmas=True),
+    "beta_leading": dict(use_beta_sigmas=True, timestep_spacing="leading"),
+}
 TYPES = ("epsilon", "sample", "v_prediction")
 SCALED = BETAS["scaled_linear"]
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -184,6 +190,29 @@ def test_euler(betas, grid, prediction_type):
         stock.set_timesteps(num_steps)
         ours.set_timesteps(num_steps)
         assert_parity(ours, stock)
+
+
+FILLED_PAIRS = {
+    "Euler": (diffx.Euler, diffusers.EulerDiscreteScheduler, FILLED),
+    "Heun": (diffx.Heun, diffusers.HeunDiscreteScheduler, FILLED),
+    "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler, FILLED | {"lu": dict(use_lu_lambdas=True)}),
+    "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler, FILLED),
+    "FlowEuler": (diffx.Euler, diffusers.FlowMatchEulerDiscreteScheduler, {k: FILLED[k] for k in ("exponential", "beta")}),
+}
+
+
+@pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, (_, _, grids) in FILLED_PAIRS.items() for grid in grids])
+def test_exponential_beta_and_lu_sigmas(name, grid):
+    """DPM and UniPC truncate these times, ours are rounded: both networks are told stock's."""
+    cls, stock_class, grids = FILLED_PAIRS[name]
+    stock = stock_class(**grids[grid], **(dict(shift=3.0) if name == "FlowEuler" else SCALED))
+    ours = cls.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        torch.testing.assert_close(ours.sigmas.double(), stock.sigmas.double(), rtol=2e-6, atol=0)
+        assert (ours.timesteps - stock.timesteps).abs().max() <= 1
+        assert_parity(ours, stock, times=stock.timesteps.clone())
 
 
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])

@@ -126,8 +126,8 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 def make_betas(config: Mapping[str, Any]) -> torch.Tensor:
     """(T,) float32 variances of the forward steps, the same bits as Diffusers computes.
 
-    Source: linear and cosine are Ho et al. 2020 and Nichol and Dhariwal 2021 (arXiv:2102.09672) eq. 17; the zero-SNR rescale
-    is Lin et al. 2023 (arXiv:2305.08891) algorithm 1.
+    Source: linear and cosine are Ho et al. 2020 and Nichol and Dhariwal 2021 (arXiv:2102.09672) eq. 17; sigmoid is Xu et al. 2022
+    (arXiv:2203.02923, GeoDiff); the zero-SNR rescale is Lin et al. 2023 (arXiv:2305.08891) algorithm 1.
 
     Raises:
         ValueError: unknown ``beta_schedule``, or ``trained_betas`` of another length than ``num_train_timesteps``.
@@ -145,8 +145,11 @@ def make_betas(config: Mapping[str, Any]) -> torch.Tensor:
                 betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
             case "squaredcos_cap_v2":
                 betas = _cosine_betas(steps)
+            case "sigmoid":
+                betas = torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
             case unknown:
-                raise ValueError(f"beta_schedule={unknown!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
+                known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+                raise ValueError(f"beta_schedule={unknown!r} is not one of {known}")
     if not config["rescale_betas_zero_snr"]:
         return betas
     root = cumulative_alphas(betas).sqrt()

@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = dict(
     base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
 )  # fmt: skip
 # Options only diffx has. They enter a config only where given, so that stock classes read our configs without a warning.
-OWN: dict[str, Any] = dict(seed=None, check_finite=False)
+OWN: dict[str, Any] = dict(seed=None, check_finite=False, spacing=None)
 
 
 @dataclass
@@ -69,6 +69,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     Options besides Diffusers' own:
         seed: whole number, or one per sample, that keys the noise of stochastic solvers in pipelines that hand no generator to
             ``step``. Without it the key is a checksum of each sample's first latent, hence of ``pipe(generator=...)``.
+        spacing: a grid that Diffusers lacks, instead of ``timestep_spacing``: "quadratic", or "ays_sd", "ays_sdxl", "ays_svd" (the
+            schedules of Align Your Steps, for any number of steps).
         check_finite: raise at the first network output that holds NaN or infinity (reads the device at every step).
     """
 
@@ -101,6 +103,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         private = {k: v for k, v in given.items() if k.startswith("_")}  # they ride along unread, as in Diffusers
         public = {k: v for k, v in given.items() if k not in private}
         _refuse_unknown(type(self).__name__, public, self.options | self.own_options)
+        if public.get("beta_schedule") == "quadratic":
+            public["beta_schedule"] = "scaled_linear"  # Diffusers' name of the same thing is what is saved
         own = {k: v for k, v in public.items() if k in self.own_options and v != self.own_options[k]}
         stock = {k: v for k, v in public.items() if k in self.options}
         defaulted = [k for k in self.options if k not in stock]
@@ -135,6 +139,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         _refuse_unknown(cls.__name__, {k: v for k, v in kwargs.items() if not k.startswith("_")}, cls.options | cls.own_options)
         if "clip_sample" in cls.options and "clip_sample" not in config:  # its x0 may be unbounded latents
             kwargs.setdefault("clip_sample", False)
+        if kwargs.get("spacing") is not None and "timestep_spacing" not in kwargs:
+            config = {k: v for k, v in config.items() if k != "timestep_spacing"}  # replaced, not contradicted
         inferred = is_flow({**config, **kwargs}) and "prediction_type" not in kwargs
         if inferred:
             kwargs["prediction_type"] = "flow_prediction"
@@ -161,6 +167,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_options(self) -> None:
         """Refuse, at construction, option values that could only fail later."""
+        spacing, told = self.config.get("spacing"), self.config.timestep_spacing
+        if spacing is not None and told != self.options["timestep_spacing"]:
+            raise ValueError(f"spacing={spacing!r} contradicts timestep_spacing={told!r}; set one of them")
         if self.config.stochastic_sampling:
             raise ValueError("stochastic_sampling=True is not supported; use DPMSolver(algorithm_type='sde-dpmsolver++')")
 
