@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
-    from .schedulers import DDIM, DDPM, DPMSolver, Euler, EulerAncestral, Heun, Row, Table, TableScheduler, UniPC
+    from .schedulers import DDIM, DDPM, LCM, DPMSolver, Euler, EulerAncestral, Heun, Row, Table, TableScheduler, UniPC
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ _PUBLIC = {
     "DDIM": "diffx.schedulers",
     "DDPM": "diffx.schedulers",
     "DPMSolver": "diffx.schedulers",
+    "LCM": "diffx.schedulers",
     "Euler": "diffx.schedulers",
     "EulerAncestral": "diffx.schedulers",
     "Heun": "diffx.schedulers",
@@ -24,7 +25,7 @@ _PUBLIC = {
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
 }
-__all__ = ["DDIM", "DDPM", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC"]
+__all__ = ["DDIM", "DDPM", "LCM", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC"]
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
 setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute

@@ -24,6 +24,7 @@ SHAPE = (2, 3, 4, 4)
 SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 FLOW = dict(prediction_type="flow_prediction", shift=3.0)
 CLASSES = {cls.__name__: cls for cls in SAMPLERS}
+WITH_GRID_WORDS = {name: cls for name, cls in CLASSES.items() if cls is not diffx.LCM}  # LCM has times of its own, see test_parity
 SOLVERS = {
     "DDIM": (diffx.DDIM, dict(clip_sample=False)),
     "Euler": (diffx.Euler, {}),
@@ -36,6 +37,7 @@ SOLVERS = {
     "SDE1": (diffx.DPMSolver, dict(solver_order=1, algorithm_type="sde-dpmsolver++")),
     "SDE2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="sde-dpmsolver++")),
     "SDE3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="sde-dpmsolver++")),
+    "LCM": (diffx.LCM, {}),
     "UniPC1": (diffx.UniPC, dict(solver_order=1)),
     "UniPC2": (diffx.UniPC, dict(solver_order=2)),
     "UniPC3": (diffx.UniPC, dict(solver_order=3, solver_type="bh1")),
@@ -49,6 +51,8 @@ TWINS = {
     "DDPM": (diffx.DDPM, diffusers.DDPMScheduler),
     "Heun": (diffx.Heun, diffusers.HeunDiscreteScheduler),
     "FlowHeun": (diffx.Heun, diffusers.FlowMatchHeunDiscreteScheduler),
+    "LCM": (diffx.LCM, diffusers.LCMScheduler),
+    "FlowLCM": (diffx.LCM, diffusers.FlowMatchLCMScheduler),
     "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler),
     "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler),
 }
@@ -102,6 +106,8 @@ def test_a_perfect_model_of_one_point_lands_on_it(solver, grid, prediction_type)
     """Data that is one point: every table must end exactly there. 1e-5: states are float32 and sigma reaches 4096."""
     if grid == "zero_snr" and prediction_type == "epsilon":
         pytest.skip("epsilon says nothing at zero terminal SNR and is refused, see below")
+    if solver == "LCM" and grid in ("karras", "exponential", "beta", "quadratic", "ays"):
+        pytest.skip("LCM visits the times of its distillation")
     if prediction_type == "flow_prediction" and grid in ("quadratic", "ays"):
         pytest.skip("for models with betas, see below")
     if prediction_type == "flow_prediction" and (grid in ("zero_snr", "linspace", "leading") or solver in ("DDIM", "DDPM")):
@@ -372,6 +378,8 @@ def test_config_round_trip_keeps_every_stock_key(name):
         "Ancestral": dict(**SCALED, timestep_spacing="trailing", prediction_type="v_prediction"),
         "FlowAncestral": dict(eta=0.5, s_noise=0.9),
         "DDPM": dict(**SCALED, variance_type="fixed_large", clip_sample_range=2.0, steps_offset=1),
+        "LCM": dict(original_inference_steps=100, timestep_scaling=5.0, prediction_type="v_prediction"),
+        "FlowLCM": dict(shift=2.5),
         "FlowHeun": dict(shift=2.5),
         "DPMSolver": dict(**SCALED, solver_order=3, solver_type="heun", euler_at_final=True, lambda_min_clipped=-5.1),
         "UniPC": dict(**SCALED, solver_order=3, solver_type="bh1", disable_corrector=[1], timestep_spacing="leading"),
@@ -440,7 +448,7 @@ def test_copies_go_on_where_the_original_was(name, copied):
 
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 def test_scheduler_folder(cls, tmp_path):
-    scheduler = cls(**SCALED, use_karras_sigmas=cls is not diffx.DDIM)
+    scheduler = cls(**SCALED, use_karras_sigmas=cls not in (diffx.DDIM, diffx.LCM))
     scheduler.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == cls.__name__
     again = cls.from_pretrained(tmp_path)
@@ -478,7 +486,7 @@ def test_canary_of_registration():
         "import diffusers\n"
         "assert diffusers.pipelines.diffx is diffx\n"
         "assert 'transformers' not in sys.modules, 'registration must not import transformers'\n"
-        "for name in ('DDIM', 'DDPM', 'Euler', 'EulerAncestral', 'Heun', 'DPMSolver', 'UniPC'):\n"
+        "for name in ('DDIM', 'DDPM', 'Euler', 'EulerAncestral', 'Heun', 'DPMSolver', 'UniPC', 'LCM'):\n"
         "    cls = getattr(diffx, name); assert cls.__module__ == 'diffx', cls.__module__\n"
         "    assert not hasattr(diffusers, name), f'Diffusers now exports {name}, too'\n"
     )
@@ -495,7 +503,7 @@ def test_compatibles_are_names_in_diffusers():
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("cls", WITH_GRID_WORDS.values(), ids=WITH_GRID_WORDS)
 def test_bad_schedules_next_to_good_ones(cls):
     scheduler = cls()
     scheduler.set_timesteps(1)
@@ -545,14 +553,14 @@ def test_bad_flow_schedules_next_to_good_ones(cls):
 
 
 def test_epsilon_at_zero_terminal_snr_is_refused():
-    for cls in CLASSES.values():
+    for cls in WITH_GRID_WORDS.values():
         cls(prediction_type="v_prediction", **GRIDS["zero_snr"]).set_timesteps(5)
         cls(prediction_type="epsilon", rescale_betas_zero_snr=True, timestep_spacing="leading").set_timesteps(5)  # never visits that time
         with pytest.raises(ValueError, match="zero terminal SNR"):
             cls(prediction_type="epsilon", **GRIDS["zero_snr"]).set_timesteps(5)
 
 
-@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("cls", WITH_GRID_WORDS.values(), ids=WITH_GRID_WORDS)
 def test_bad_options_next_to_good_ones(cls):
     cls(timestep_spacing="trailing")
     with pytest.raises(ValueError, match="has no option 'timestep_spacin'; did you mean 'timestep_spacing'"):
@@ -665,7 +673,7 @@ def test_no_step_reads_the_device(name, flow):
     """0 reads, 0 uploads, and at most order + 3 kernels per weighted sum; noise that is made on the host is uploaded besides."""
     scheduler = make(name, **(FLOW if flow else {}))
     order = scheduler.config.get("solver_order", 1)
-    stochastic = name.startswith("SDE") or name in ("Ancestral", "DDPM")
+    stochastic = name.startswith("SDE") or name in ("Ancestral", "DDPM", "LCM")
     scheduler.set_timesteps(8, device="meta")
     x = torch.empty(SHAPE, device="meta")
     given = dict(variance_noise=torch.empty(SHAPE, device="meta")) if stochastic else {}

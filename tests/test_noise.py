@@ -261,6 +261,20 @@ def test_ddpms_large_variance_is_that_of_the_forward_step(frame):
         assert got[k] == pytest.approx(variance, rel=1e-12)
 
 
+def test_boundary_scaling_leaves_the_marginal_by_what_the_table_states():
+    """c_skip at 4 steps is below 4e-8, so the stated excess is far below any noise; at a small scaling it is not, and is stated."""
+    for scaling, bound in ((10.0, 4e-6), (0.01, 2.5)):
+        scheduler = diffx.LCM(timestep_scaling=scaling)
+        scheduler.set_timesteps(4)
+        table = scheduler._table(0)
+        off = [abs(row.sample[0] * a + row.sample[1] - b) for row, a, b in zip(table.rows, table.alpha[:-1], table.alpha[1:], strict=True)]
+        assert 0 < max(off) <= table.excess <= bound
+        scaled = scheduler.timesteps.double() * scaling
+        for row, s, b in zip(table.rows, scaled.tolist(), table.alpha[1:], strict=True):  # the paper's formulas
+            want = (b * 0.25 / (s**2 + 0.25), b * s / math.sqrt(s**2 + 0.25))
+            assert row.sample == pytest.approx(want, rel=1e-12)
+
+
 def test_s_noise_scales_every_draw():
     scheduler, x = diffx.EulerAncestral(s_noise=0.6), torch.zeros(1, 2, 3, 3)
     stock = diffx.EulerAncestral()

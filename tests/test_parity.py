@@ -428,6 +428,54 @@ def test_fixed_large_log_is_fixed_large():
     assert torch.isnan(denoise(stock, network, noise(), **draw)).any()
 
 
+# ---------------------------------------------------------------------------------------------- LCM
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("original_steps", [50, 100, 37])
+def test_lcm(prediction_type, original_steps):
+    stock = diffusers.LCMScheduler(prediction_type=prediction_type, original_inference_steps=original_steps)
+    ours = diffx.LCM.from_config(stock.config)
+    for num_steps in (1, 2, 4, 9, 30):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=3)
+
+
+def test_lcm_arguments_of_a_run():
+    stock = diffusers.LCMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=True)
+    ours = diffx.LCM.from_config(stock.config)
+    for run in (
+        dict(num_inference_steps=4, original_inference_steps=25),
+        dict(num_inference_steps=3, strength=0.6),
+        dict(timesteps=[999, 500, 19]),
+    ):
+        stock.set_timesteps(**run)
+        ours.set_timesteps(**run)
+        assert_parity(ours, stock, seed=3)
+    with pytest.raises(ValueError, match="num_inference_steps=51 must be a whole number between 1 and the 50 distilled times"):
+        ours.set_timesteps(51)
+    with pytest.raises(ValueError, match="original_inference_steps=2000 must lie between 1 and the 1000 train times"):
+        ours.set_timesteps(4, original_inference_steps=2000)
+    with pytest.raises(ValueError, match=r"strength=0\.5 acts on the times of the distillation only"):
+        ours.set_timesteps(timesteps=[999, 500], strength=0.5)
+    with pytest.raises(ValueError, match="use_karras_sigmas=True does not fit LCM"):
+        diffx.LCM(use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="zero terminal SNR"):  # the first of its times is the last of training
+        diffx.LCM(rescale_betas_zero_snr=True).set_timesteps(4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_lcm(shift):
+    stock = diffusers.FlowMatchLCMScheduler(shift=shift)
+    ours = diffx.LCM.from_config(stock.config)
+    for num_steps in (1, 2, 4, 9):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        # float32: stock draws in the dtype of a float32 sample and the network's output together
+        assert_parity(ours, stock, seed=3, x=noise(dtype=torch.float32))
+
+
 # ---------------------------------------------------------------------------------------------- bounds on x0
 
 BOUNDED = {
