@@ -5,6 +5,8 @@ The tolerance everywhere is 1e-5 of the largest entry. Diffusers keeps its table
 States and the network are float64 here, so that nothing but the two schedulers' own arithmetic is compared.
 """
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -415,6 +417,16 @@ def test_ddpm_learned_variance(variance_type):
         ours.step(noise(), ours.timesteps[0], noise())
     with pytest.raises(ValueError, match="variance_type='large' is not one of fixed_small"):
         diffx.DDPM(variance_type="large")
+
+
+def test_no_variance_type_is_fixed_small():
+    """A DPM-Solver config that went through a file says None."""
+    file = json.loads(diffusers.DPMSolverMultistepScheduler(**SCALED).to_json_string())
+    stock, ours = diffusers.DDPMScheduler.from_config(file), diffx.DDPM.from_config(file)
+    for scheduler in (stock, ours):
+        scheduler.register_to_config(timestep_spacing="leading", clip_sample=False)
+        scheduler.set_timesteps(9)
+    assert_parity(ours, stock, seed=3)
 
 
 def test_fixed_large_log_is_fixed_large():

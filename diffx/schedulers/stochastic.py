@@ -103,14 +103,18 @@ class DDPM(
 
     def _check_options(self) -> None:
         super()._check_options()
-        if self.config.variance_type not in get_args(VarianceType):
-            raise ValueError(f"variance_type={self.config.variance_type!r} is not one of {', '.join(get_args(VarianceType))}")
+        if self._variance_type not in get_args(VarianceType):
+            raise ValueError(f"variance_type={self._variance_type!r} is not one of {', '.join(get_args(VarianceType))}")
+
+    @property
+    def _variance_type(self) -> str:
+        return self.config.variance_type or "fixed_small"  # None in files of DPM-Solver configs, which stock reads like this, too
 
     def _noise_dtype(self, output_dtype: torch.dtype) -> torch.dtype:
         return output_dtype
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
-        alpha, sigma, large = alpha[begin:], sigma[begin:], self.config.variance_type.startswith("fixed_large")
+        alpha, sigma, large = alpha[begin:], sigma[begin:], self._variance_type.startswith("fixed_large")
         rows = ddpm(alpha, sigma, large=large)
         # What each row adds too much; rows keep less than the whole of it.
         excess = sum(row.noise**2 - small.noise**2 for row, small in zip(rows, ddpm(alpha, sigma), strict=True)) + 1e-9
@@ -126,12 +130,12 @@ class DDPM(
         return_dict: bool = True,
     ) -> StepOutput | tuple[Tensor, Tensor]:
         """As the base class's; with a learned variance ``model_output`` is (B, 2 C, ...) for a ``sample`` of (B, C, ...)."""
-        if not self.config.variance_type.startswith("learned"):
+        if not self._variance_type.startswith("learned"):
             return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {})
         channels = sample.shape[1]
         if model_output.shape[1] != 2 * channels:
             raise ValueError(
-                f"variance_type={self.config.variance_type!r} needs {2 * channels} channels of model_output, x0 or noise and variance; "
+                f"variance_type={self._variance_type!r} needs {2 * channels} channels of model_output, x0 or noise and variance; "
                 f"it has {model_output.shape[1]}: variance_type='fixed_small' samples networks without a variance"
             )
         out, variance = model_output.split(channels, dim=1)
@@ -144,6 +148,6 @@ class DDPM(
         alpha, sigma = (level[index : index + 2] for level in self._levels)
         small, large = (ddpm(alpha, sigma, large=which)[0].noise for which in (False, True))
         wide = predicted.float() if predicted.dtype in (torch.float16, torch.bfloat16) else predicted
-        if self.config.variance_type == "learned":
+        if self._variance_type == "learned":
             return wide.sqrt() / small
         return ((wide + 1) * (0.5 * math.log(large / small))).exp()
