@@ -34,6 +34,8 @@ class Heun(TableScheduler, options=dict(beta_start=0.00085, beta_end=0.012, clip
 
     A run begins at the first call of an interval, which has an even index. What is done to the sample between the two calls
     of an interval reaches the solution through the second prediction only; edits after an interval count in full.
+    Spaced times of a model with zero terminal SNR begin at sigma 4096, and the first interval multiplies the difference of its two
+    predictions by hundreds: give such models ``use_karras_sigmas`` with a ``sigma_max`` of, say, 80, or another solver.
     """
 
     order = 2
