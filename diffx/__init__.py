@@ -7,21 +7,25 @@ from typing import TYPE_CHECKING, Any
 import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
-    from .schedulers import DDIM, DPMSolver, Euler, Row, Table, TableScheduler, UniPC
+    from .schedulers import DDIM, DDPM, LCM, DPMSolver, Euler, EulerAncestral, Heun, Row, Table, TableScheduler, UniPC
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Imported on first use, so that ``import diffx`` stays cheap.
 _PUBLIC = {
     "DDIM": "diffx.schedulers",
+    "DDPM": "diffx.schedulers",
     "DPMSolver": "diffx.schedulers",
+    "LCM": "diffx.schedulers",
     "Euler": "diffx.schedulers",
+    "EulerAncestral": "diffx.schedulers",
+    "Heun": "diffx.schedulers",
     "Row": "diffx.schedulers",
     "Table": "diffx.schedulers",
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
 }
-__all__ = ["DDIM", "DPMSolver", "Euler", "Row", "Table", "TableScheduler", "UniPC"]
+__all__ = ["DDIM", "DDPM", "LCM", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC"]
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
 setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute

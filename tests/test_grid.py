@@ -1,10 +1,14 @@
 """Grids against their formulas, and lists that cannot be one."""
 
+import diffusers
 import numpy as np
 import pytest
+import scipy.stats
+import torch
 
 import diffx
-from diffx.schedulers.grid import Convention, karras_sigmas, shift_sigmas, spaced_timesteps
+from diffx.schedulers.grid import Convention, shift_sigmas, spaced_timesteps
+from diffx.schedulers.spacing import ays_sigmas, beta_quantile, beta_sigmas, exponential_sigmas, karras_sigmas, quadratic_timesteps
 
 POINTS, ENDS = Convention(), Convention(ends_on_point=True)
 
@@ -25,6 +29,69 @@ def test_karras_is_even_in_the_seventh_root():
     sigmas = karras_sigmas(8, sigma_min=0.1, sigma_max=80.0)
     assert sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.1)
     np.testing.assert_allclose(np.diff(sigmas ** (1 / 7), n=2), 0, atol=1e-14)  # float64
+
+
+def test_exponential_is_even_in_the_logarithm():
+    np.testing.assert_allclose(exponential_sigmas(4, sigma_min=0.01, sigma_max=10.0), [10, 1, 0.1, 0.01], rtol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.6, 1.0, 2.5])
+def test_beta_quantiles_are_scipys(shape):
+    u = np.concatenate([np.linspace(0, 1, 101), [1e-6, 1 - 1e-6]])
+    np.testing.assert_allclose(beta_quantile(u, shape), scipy.stats.beta.ppf(u, shape, shape), rtol=1e-11, atol=1e-14)
+    sigmas = beta_sigmas(9, sigma_min=0.1, sigma_max=10.0, shape=shape)
+    assert sigmas[0] == 10.0 and sigmas[-1] == 0.1 and sigmas[4] == pytest.approx(5.05)  # the median is the middle
+
+
+def test_quadratic_times():
+    # (i / 9)^2 of 999, rounded; T steps visit every time once.
+    assert quadratic_timesteps(10, 1000).tolist() == [999, 789, 604, 444, 308, 197, 111, 49, 12, 0]
+    assert quadratic_timesteps(1, 1000).tolist() == [999]
+    for num_steps in (2, 50, 400, 999, 1000):
+        times = quadratic_timesteps(num_steps, 1000)
+        assert times[0] == 999 and times[-1] == 0 and (np.diff(times) <= -1).all()
+
+
+@pytest.mark.parametrize("name", ["ays_sd", "ays_sdxl", "ays_svd"])
+def test_align_your_steps_at_ten_and_other_counts(name):
+    published = {
+        "ays_sd": "StableDiffusionSigmas", "ays_sdxl": "StableDiffusionXLSigmas", "ays_svd": "StableDiffusionVideoSigmas"
+    }[name]  # fmt: skip
+    want = diffusers.schedulers.AysSchedules[published]
+    np.testing.assert_allclose([*ays_sigmas(10, name), 0], want, rtol=1e-14)
+    np.testing.assert_allclose(ays_sigmas(19, name)[::2], want[:-1], rtol=1e-14)  # halved intervals keep the points ...
+    np.testing.assert_allclose(ays_sigmas(19, name)[1], np.sqrt(want[0] * want[1]), rtol=1e-14)  # ... and add geometric means
+    assert ays_sigmas(1, name).tolist() == [pytest.approx(want[0])]
+
+
+def test_the_classes_take_our_spacings():
+    scaled = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    for cls in (diffx.Euler, diffx.DPMSolver):
+        ays = cls(spacing="ays_sd", **scaled)
+        ays.set_timesteps(10)
+        np.testing.assert_allclose(ays.sigmas, diffusers.schedulers.AysSchedules["StableDiffusionSigmas"], rtol=1e-6)  # float32
+        # the published times, rounded otherwise and from rounded sigmas: within 6 of 1000
+        assert np.abs(ays.timesteps.numpy() - diffusers.schedulers.AysSchedules["StableDiffusionTimesteps"]).max() <= 6
+    quadratic = diffx.DDIM.from_config(diffusers.DDIMScheduler(timestep_spacing="trailing").config, spacing="quadratic")
+    quadratic.set_timesteps(10)
+    assert quadratic.timesteps.tolist() == [999, 789, 604, 444, 308, 197, 111, 49, 12, 0]
+    with pytest.raises(ValueError, match="contradicts timestep_spacing='trailing'"):
+        diffx.DDIM.from_config(quadratic.config, spacing="quadratic", timestep_spacing="trailing")
+
+
+def test_our_spacing_survives_a_file(tmp_path):
+    diffx.DPMSolver(spacing="quadratic").save_pretrained(tmp_path)
+    again = diffx.DPMSolver.from_pretrained(tmp_path)
+    assert again.config.spacing == "quadratic"
+    again.set_timesteps(6)
+    assert again.timesteps[0] == 999
+
+
+def test_betas_quadratic_and_sigmoid():
+    quadratic, scaled = (diffx.DDIM(beta_schedule=name, beta_start=0.00085, beta_end=0.012) for name in ("quadratic", "scaled_linear"))
+    assert torch.equal(quadratic.betas, scaled.betas)
+    assert quadratic.config.beta_schedule == "scaled_linear"  # saved by the name that Diffusers reads
+    assert torch.equal(diffx.DDPM(beta_schedule="sigmoid").betas, diffusers.DDPMScheduler(beta_schedule="sigmoid").betas)
 
 
 def test_shift_moves_the_middle_and_keeps_the_ends():

@@ -11,6 +11,7 @@ from diffx.oracle import Gaussian, finite_data
 from diffx.schedulers.multistep import dpmpp
 from diffx.schedulers.noise import keyed_normal, seeds_of
 from diffx.schedulers.one_step import ddim
+from diffx.schedulers.stochastic import ddpm, flow_ancestral
 from diffx.schedulers.table import State, Table, advance
 from diffx.testing import call_inputs, denoise, tiny_flux, tiny_sd3
 
@@ -145,6 +146,8 @@ def test_given_noise_is_used_as_it_is():
 
 def levels(frame, num_steps, lam=(-4.0, 4.0)):
     lam = np.linspace(*lam, num_steps + 1)
+    if frame == "ve":
+        return np.ones_like(lam), np.exp(-lam)
     sigma = 1 / (1 + np.exp(lam)) if frame == "flow" else 1 / np.sqrt(1 + np.exp(2 * lam))
     return (1 - sigma if frame == "flow" else np.sqrt(1 - sigma**2)), sigma
 
@@ -152,10 +155,16 @@ def levels(frame, num_steps, lam=(-4.0, 4.0)):
 STOCHASTIC = {
     "ddim_eta1": lambda a, s: ddim(a, s, eta=1.0),
     "ddim_eta0.5": lambda a, s: ddim(a, s, eta=0.5),
-    "sde_dpm1": lambda a, s: dpmpp(a, s, [1] * (len(a) - 1), stochastic=True),
-    "sde_dpm2": lambda a, s: dpmpp(a, s, [min(i + 1, 2) for i in range(len(a) - 1)], stochastic=True),
-    "sde_dpm3": lambda a, s: dpmpp(a, s, [min(i + 1, 3) for i in range(len(a) - 1)], stochastic=True),
+    "sde_dpm1": lambda a, s: dpmpp(a, s, [1] * (len(a) - 1), eta=1.0),
+    "sde_dpm2": lambda a, s: dpmpp(a, s, [min(i + 1, 2) for i in range(len(a) - 1)], eta=1.0),
+    "sde_dpm2_eta0.4": lambda a, s: dpmpp(a, s, [min(i + 1, 2) for i in range(len(a) - 1)], eta=0.4),
+    "sde_dpm2_eta1.7": lambda a, s: dpmpp(a, s, [min(i + 1, 2) for i in range(len(a) - 1)], eta=1.7),
+    "sde_dpm3": lambda a, s: dpmpp(a, s, [min(i + 1, 3) for i in range(len(a) - 1)], eta=1.0),
+    "ddpm": lambda a, s: ddpm(a, s),
+    "ancestral": lambda a, s: flow_ancestral(s) if a[0] < 1 else ddim(a, s, eta=1.0),
+    "ancestral_eta0.5": lambda a, s: flow_ancestral(s, eta=0.5) if a[0] < 1 else ddim(a, s, eta=0.5),
 }
+CASES = [(name, frame) for name in STOCHASTIC for frame in (("ve", "flow") if "ancestral" in name else ("vp", "flow"))]
 
 
 def particles(table, data, n, seed):
@@ -168,8 +177,7 @@ def particles(table, data, n, seed):
         yield x
 
 
-@pytest.mark.parametrize("frame", ["vp", "flow"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize(("name", "frame"), CASES)
 def test_every_level_of_one_point_has_variance_sigma_squared(name, frame):
     """One-point data: whatever the step size, the spread around alpha x0 after each row is sigma exactly."""
     alpha, sigma = levels(frame, 6)
@@ -196,8 +204,7 @@ def exact_variance(table, std):
         yield x.square().sum().item()
 
 
-@pytest.mark.parametrize("frame", ["vp", "flow"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize(("name", "frame"), CASES)
 def test_sampled_variance_is_the_analytic_one(name, frame):
     """Six coarse steps on Gaussian data: the spread of 40000 samples after each row, within 3 standard errors."""
     std, n = 0.8, 40000
@@ -209,8 +216,7 @@ def test_sampled_variance_is_the_analytic_one(name, frame):
         assert abs(x.var().item() / want[k] - 1) < 3 * math.sqrt(2 / n)
 
 
-@pytest.mark.parametrize("frame", ["vp", "flow"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize(("name", "frame"), CASES)
 def test_fine_grids_reach_the_variance_of_the_data(name, frame):
     """The analytic variance tends to the marginal's: its error falls at least like the step, and is gone when extrapolated to step 0."""
     std, errors = 0.8, []
@@ -235,6 +241,68 @@ def test_ddim_with_eta_1_is_ddpms_posterior(frame):
         variance = (on_x + on_x0 * shrink(a0, s0, std)) ** 2 * variance + step * s1**2 / s0**2
         want.append(variance)
     np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("frame", ["vp", "flow"])
+def test_ddpms_large_variance_is_that_of_the_forward_step(frame):
+    """Variances from x' = posterior mean + sqrt(beta) z, written here; they lie above the grid's levels, which the table states."""
+    std = 0.8
+    alpha, sigma = levels(frame, 6)
+    rows, small = ddpm(alpha, sigma, large=True), ddpm(alpha, sigma)
+    with pytest.raises(ValueError, match="row 0 lands on alpha="):
+        Table(alpha, sigma, tuple(rows))
+    excess = sum(row.noise**2 - other.noise**2 for row, other in zip(rows, small, strict=True)) + 1e-9
+    got = list(exact_variance(Table(alpha, sigma, tuple(rows), excess=excess), std))
+    variance = alpha[0] ** 2 * std**2 + sigma[0] ** 2
+    for k, (a0, s0, a1, s1) in enumerate(zip(alpha, sigma, alpha[1:], sigma[1:], strict=False)):
+        beta = s0**2 - (a0 / a1) ** 2 * s1**2
+        on_x, on_x0 = (a0 / a1) * s1**2 / s0**2, a1 * beta / s0**2
+        variance = (on_x + on_x0 * shrink(a0, s0, std)) ** 2 * variance + beta
+        assert got[k] == pytest.approx(variance, rel=1e-12)
+
+
+def test_boundary_scaling_leaves_the_marginal_by_what_the_table_states():
+    """c_skip at 4 steps is below 4e-8, so the stated excess is far below any noise; at a small scaling it is not, and is stated."""
+    for scaling, bound in ((10.0, 4e-6), (0.01, 2.5)):
+        scheduler = diffx.LCM(timestep_scaling=scaling)
+        scheduler.set_timesteps(4)
+        table = scheduler._table(0)
+        off = [abs(row.sample[0] * a + row.sample[1] - b) for row, a, b in zip(table.rows, table.alpha[:-1], table.alpha[1:], strict=True)]
+        assert 0 < max(off) <= table.excess <= bound
+        scaled = scheduler.timesteps.double() * scaling
+        for row, s, b in zip(table.rows, scaled.tolist(), table.alpha[1:], strict=True):  # the paper's formulas
+            want = (b * 0.25 / (s**2 + 0.25), b * s / math.sqrt(s**2 + 0.25))
+            assert row.sample == pytest.approx(want, rel=1e-12)
+
+
+def test_s_noise_scales_every_draw():
+    scheduler, x = diffx.EulerAncestral(s_noise=0.6), torch.zeros(1, 2, 3, 3)
+    stock = diffx.EulerAncestral()
+    for each in (scheduler, stock):
+        each.set_timesteps(5)
+    for ours, theirs in zip(scheduler.plan().calls, stock.plan().calls, strict=True):
+        assert (ours.noise, ours.sample) == (0.6 * theirs.noise, theirs.sample)
+    for cls in (diffx.EulerAncestral, diffx.DPMSolver):
+        with pytest.raises(ValueError, match=r"eta=-0\.1 must"):
+            cls(eta=-0.1)
+    with pytest.raises(ValueError, match="s_noise=-1 must be a finite factor"):
+        diffx.EulerAncestral(s_noise=-1)
+    assert torch.isfinite(scheduler.step(x, scheduler.timesteps[0], x).prev_sample).all()
+
+
+def test_eta_runs_from_the_ode_to_the_sde():
+    """eta=0 is DPM-Solver++ to the bit, eta=1 the stock SDE; an ODE has no noise to share."""
+    ode, none, half, sde = (
+        diffx.DPMSolver(**options) for options in (dict(), dict(eta=0.0, **SDE), dict(eta=0.5, **SDE), dict(eta=1.0, **SDE))
+    )
+    for scheduler in (ode, none, half, sde):
+        scheduler.set_timesteps(8)
+    assert none.plan().calls == ode.plan().calls
+    for low, middle, high in zip(none.plan().calls[:-1], half.plan().calls[:-1], sde.plan().calls[:-1], strict=True):
+        assert 0 == low.noise < middle.noise < high.noise
+    assert "eta" not in sde.config and half.config.eta == 0.5
+    with pytest.raises(ValueError, match=r'eta=0\.5 needs algorithm_type="sde-dpmsolver'):
+        diffx.DPMSolver(eta=0.5)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "SDE1", "SDE2"])

@@ -17,6 +17,7 @@ from diffx.oracle import Gaussian
 from diffx.schedulers.multistep import dpmpp
 from diffx.schedulers.one_step import ddim
 from diffx.schedulers.table import Row, State, Table, advance
+from diffx.schedulers.two_stage import heun
 from diffx.schedulers.unipc import unipc
 from diffx.testing import denoise
 
@@ -126,6 +127,7 @@ def test_order_of_solver_function(solver, name, frame):
 
 CLASSES = {
     "Euler": (lambda **flow: diffx.Euler(**flow), 1),
+    "Heun": (lambda **flow: diffx.Heun(**flow), 2),
     "DPMSolver-2": (lambda **flow: diffx.DPMSolver(**flow), 2),
     "UniPC-1": (lambda **flow: diffx.UniPC(solver_order=1, **flow), 2),
     "UniPC-2": (lambda **flow: diffx.UniPC(solver_order=2, lower_order_final=False, **flow), 3),
@@ -144,19 +146,31 @@ def test_order_of_the_class_that_users_run(name, frame):
         alpha, sigma = levels(frame, n)
         grid = sigma if frame == "flow" else sigma / alpha
         scheduler.set_timesteps(sigmas=[*grid, 0.0])
-        told = iter(zip(alpha, sigma, strict=True))
+        told = iter(list(zip(*(np.repeat(level, scheduler.order)[scheduler.order - 1 :] for level in (alpha, sigma)), strict=True)))
         start = start_of(data, alpha[0], sigma[0])
-        unit = math.hypot(grid[0], 1) if frame == "vp" and name == "Euler" else 1.0  # Euler's frame has alpha = 1
+        ve = frame == "vp" and scheduler.frame == "ve"  # a frame with alpha = 1
         kept = {}
         denoise(
             scheduler,
             lambda x, t: data.predict(x, *next(told), flow["prediction_type"]),  # noqa: B023
-            start * unit,
+            start * (math.hypot(grid[0], 1) if ve else 1.0),
             edit=lambda k, x: kept.setdefault(k, x),  # noqa: B023
         )
-        unit = math.hypot(grid[-1], 1) if unit != 1.0 else 1.0
-        errors.append((kept[n - 1] / unit - data.flow(start, (alpha[0], sigma[0]), (alpha[-1], sigma[-1]))).abs().max().item())
+        end = kept[n * scheduler.order - 1] / (math.hypot(grid[-1], 1) if ve else 1.0)
+        errors.append((end - data.flow(start, (alpha[0], sigma[0]), (alpha[-1], sigma[-1]))).abs().max().item())
     assert abs(slope(errors) - order) <= 0.2, f"order {slope(errors):.2f}, errors {errors}"
+
+
+@pytest.mark.parametrize("frame", ["flow", "ve"])
+@pytest.mark.parametrize("name", GAUSSIANS)
+def test_order_of_heun(name, frame):
+    """Two calls per interval, so the levels repeat; the table ends one call before the last Euler step."""
+    errors = []
+    for n in NUM_STEPS:
+        alpha, sigma = (np.repeat(level, 2)[1:] for level in levels(frame, n + 1))
+        rows = heun(sigma[[0, *range(1, 2 * n + 2, 2)]])[: 2 * n]
+        errors.append(error_of_table(GAUSSIANS[name], alpha[: 2 * n + 1], sigma[: 2 * n + 1], rows))
+    assert 1.8 <= slope(errors) <= 2.2, f"order {slope(errors):.2f}, errors {errors}"
 
 
 # ---------------------------------------------------------------------------------------------- why both guards exist

@@ -5,6 +5,8 @@ The tolerance everywhere is 1e-5 of the largest entry. Diffusers keeps its table
 States and the network are float64 here, so that nothing but the two schedulers' own arithmetic is compared.
 """
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -31,6 +33,12 @@ SPACINGS = {
 SIGMA_GRIDS = {
     "karras": dict(use_karras_sigmas=True),
     "karras_leading": dict(use_karras_sigmas=True, timestep_spacing="leading"),
+}
+FILLED = {
+    "exponential": dict(use_exponential_sigmas=True),
+    "exponential_trailing": dict(use_exponential_sigmas=True, timestep_spacing="trailing"),
+    "beta": dict(use_beta_sigmas=True),
+    "beta_leading": dict(use_beta_sigmas=True, timestep_spacing="leading"),
 }
 TYPES = ("epsilon", "sample", "v_prediction")
 SCALED = BETAS["scaled_linear"]
@@ -64,7 +72,7 @@ def assert_parity(ours, stock, times=None, x=None, seed=None, begin=0, **kwargs)
         torch.testing.assert_close(ours.timesteps.double(), stock.timesteps.double(), rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(float(ours.init_noise_sigma), float(getattr(stock, "init_noise_sigma", 1.0)), rtol=1e-6, atol=0)
     start = noise() * float(ours.init_noise_sigma) if x is None else x
-    if not isinstance(stock, diffusers.DDIMScheduler):
+    if not isinstance(stock, diffusers.DDIMScheduler | diffusers.DDPMScheduler):
         stock.set_begin_index(begin)  # stock looks times up by value and starts one late where two rounded times are equal
     ends = []
     for scheduler in (ours, stock):
@@ -182,6 +190,29 @@ def test_euler(betas, grid, prediction_type):
         assert_parity(ours, stock)
 
 
+FILLED_PAIRS = {
+    "Euler": (diffx.Euler, diffusers.EulerDiscreteScheduler, FILLED),
+    "Heun": (diffx.Heun, diffusers.HeunDiscreteScheduler, FILLED),
+    "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler, FILLED | {"lu": dict(use_lu_lambdas=True)}),
+    "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler, FILLED),
+    "FlowEuler": (diffx.Euler, diffusers.FlowMatchEulerDiscreteScheduler, {k: FILLED[k] for k in ("exponential", "beta")}),
+}
+
+
+@pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, (_, _, grids) in FILLED_PAIRS.items() for grid in grids])
+def test_exponential_beta_and_lu_sigmas(name, grid):
+    """DPM and UniPC truncate these times, ours are rounded: both networks are told stock's."""
+    cls, stock_class, grids = FILLED_PAIRS[name]
+    stock = stock_class(**grids[grid], **(dict(shift=3.0) if name == "FlowEuler" else SCALED))
+    ours = cls.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        torch.testing.assert_close(ours.sigmas.double(), stock.sigmas.double(), rtol=2e-6, atol=0)
+        assert (ours.timesteps - stock.timesteps).abs().max() <= 1
+        assert_parity(ours, stock, times=stock.timesteps.clone())
+
+
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
 def test_euler_final_sigma(final_sigmas_type):
     stock = diffusers.EulerDiscreteScheduler(final_sigmas_type=final_sigmas_type, timestep_spacing="trailing", **SCALED)
@@ -232,6 +263,254 @@ def test_flow_euler_explicit_sigmas(grid):
         stock.set_timesteps(sigmas=sigmas, **call)
         ours.set_timesteps(sigmas=sigmas, **call)
         assert_parity(ours, stock)
+
+
+# ---------------------------------------------------------------------------------------------- Heun
+
+
+HEUN_CASES = [case for case in cases(SPACINGS | SIGMA_GRIDS) if "zero_snr" not in case.values]  # stock knows no zero terminal SNR
+
+
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), HEUN_CASES)
+def test_heun(betas, grid, prediction_type):
+    stock = diffusers.HeunDiscreteScheduler(prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid])
+    ours = diffx.Heun.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=1e-5, atol=0)
+        if betas == "cosine":  # stock rounds sigmas of 2e4 to float32, which alone is 5e-5 at the end: both get ours
+            stock.sigmas = torch.tensor([call.sigma for call in ours.plan().calls] + [0.0], dtype=torch.float64)
+        assert_parity(ours, stock)
+
+
+def test_heun_clips_and_takes_custom_timesteps():
+    stock = diffusers.HeunDiscreteScheduler(clip_sample=True, clip_sample_range=0.7, **SCALED)
+    ours = diffx.Heun.from_config(stock.config)
+    for times in ([999, 812, 600, 405, 111, 7], [700, 20]):
+        stock.set_timesteps(timesteps=times)
+        ours.set_timesteps(timesteps=times)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_heun(shift):
+    """FlowMatchHeun knows one option, the shift, and takes neither sigmas nor mu: its own grid is all there is to compare."""
+    stock = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+    ours = diffx.Heun.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock)
+
+
+def test_heun_edits_after_an_interval_act_like_in_the_twin():
+    stock = diffusers.HeunDiscreteScheduler(**SCALED)
+    ours = diffx.Heun.from_config(stock.config)
+    mask, known = torch.rand(SHAPE, generator=torch.Generator().manual_seed(8), dtype=torch.float64), noise(9)
+    for num_steps in (6, 20):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, edit=lambda k, x: mask * x + (1 - mask) * known if k % 2 else x)
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["set_begin_index", "first_timestep"])
+def test_heun_begins_with_every_interval(announced):
+    for begin in range(0, 11, 2):
+        stock = diffusers.HeunDiscreteScheduler(**SCALED)
+        ours = diffx.Heun.from_config(stock.config)
+        ends = []
+        for scheduler in (ours, stock):
+            scheduler.set_timesteps(6)
+            if announced:
+                scheduler.set_begin_index(begin)
+            x = scheduler.add_noise(noise(1), noise(2), scheduler.timesteps[begin : begin + 1])
+            for t in scheduler.timesteps[begin:]:
+                x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+            ends.append(x)
+        assert_same(*ends, f"from index {begin}")
+
+
+# ---------------------------------------------------------------------------------------------- ancestral and DDPM
+
+ANCESTRAL_CASES = [case for case in cases(SPACINGS) if "sample" not in case.values]  # "sample" is not implemented in stock
+
+
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), ANCESTRAL_CASES)
+def test_euler_ancestral(betas, grid, prediction_type):
+    stock = diffusers.EulerAncestralDiscreteScheduler(prediction_type=prediction_type, **BETAS[betas], **SPACINGS[grid])
+    ours = diffx.EulerAncestral.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        stock.sigmas = stock.sigmas.double()  # stock subtracts float32 sigmas of up to 2e4
+        assert_parity(ours, stock, seed=3)
+
+
+@pytest.mark.parametrize(("eta", "s_noise"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (0.3, 1.2), (0.0, 1.0)])
+def test_flow_ancestral(eta, s_noise):
+    stock = diffusers.LTXEulerAncestralRFScheduler(eta=eta, s_noise=s_noise)
+    ours = diffx.EulerAncestral.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=3)
+    given = [1.0, 0.9, 0.7, 0.3, 0.0]
+    stock.set_timesteps(sigmas=given)
+    ours.set_timesteps(sigmas=given)
+    stock.timesteps = stock.timesteps[:-1]  # stock visits sigma 0, too, and there does nothing
+    assert_parity(ours, stock, seed=3)
+
+
+def stock_ddpm_pair(**config):
+    stock = diffusers.DDPMScheduler(**{"clip_sample": False, **SCALED, **config})
+    return stock, diffx.DDPM.from_config(stock.config)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_ddpm(variance_type, prediction_type):
+    """On "leading", where stock's ``t - T // N`` is the next time of its grid."""
+    for betas in ("linear", "scaled_linear", "cosine", "trained"):
+        stock, ours = stock_ddpm_pair(prediction_type=prediction_type, variance_type=variance_type, **BETAS[betas])
+        for num_steps in STEPS:
+            stock.set_timesteps(num_steps)
+            ours.set_timesteps(num_steps)
+            assert_parity(ours, stock, seed=3)
+
+
+def test_ddpm_offset_clipping_custom_times_and_zero_snr():
+    for options in (dict(steps_offset=1), dict(clip_sample=True, clip_sample_range=0.7), dict(thresholding=True, sample_max_value=1.5)):
+        stock, ours = stock_ddpm_pair(**options)
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(20)
+        assert_parity(ours, stock, seed=3)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(timesteps=[999, 812, 600, 405, 111, 0])
+    assert_parity(ours, stock, seed=3)
+    stock, ours = stock_ddpm_pair(timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(20)
+    assert_parity(ours, stock, seed=3)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_ddpm_learned_variance(variance_type):
+    """The network's second half of the channels: a variance, or a number in -1 .. 1 between the small and the large one."""
+    stock, ours = stock_ddpm_pair(variance_type=variance_type)
+
+    def two_halves(x, t):
+        low, high = (0.001, 0.05) if variance_type == "learned" else (-1, 1)
+        return torch.cat([network(x, t), low + (high - low) * torch.sigmoid(2 * x)], 1)
+
+    for num_steps in STEPS:
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(num_steps)
+        want, got = (denoise(each, two_halves, noise(), generator=torch.Generator().manual_seed(3)) for each in (stock, ours))
+        assert_same(got, want)
+    with pytest.raises(ValueError, match=f"variance_type='{variance_type}' needs 6 channels of model_output.* it has 3"):
+        ours.set_timesteps(4)
+        ours.step(noise(), ours.timesteps[0], noise())
+    with pytest.raises(ValueError, match="variance_type='large' is not one of fixed_small"):
+        diffx.DDPM(variance_type="large")
+
+
+def test_no_variance_type_is_fixed_small():
+    """A DPM-Solver config that went through a file says None."""
+    file = json.loads(diffusers.DPMSolverMultistepScheduler(**SCALED).to_json_string())
+    stock, ours = diffusers.DDPMScheduler.from_config(file), diffx.DDPM.from_config(file)
+    for scheduler in (stock, ours):
+        scheduler.register_to_config(timestep_spacing="leading", clip_sample=False)
+        scheduler.set_timesteps(9)
+    assert_parity(ours, stock, seed=3)
+
+
+def test_fixed_large_log_is_fixed_large():
+    """Diffusers takes the square root of the logarithm, which is NaN; the name means the same numbers."""
+    stock, ours = stock_ddpm_pair(variance_type="fixed_large_log")
+    plain = diffx.DDPM.from_config(stock.config, variance_type="fixed_large")
+    for scheduler in (stock, ours, plain):
+        scheduler.set_timesteps(9)
+    assert ours.plan().calls == plain.plan().calls
+    draw = dict(generator=torch.Generator().manual_seed(3))
+    assert torch.isnan(denoise(stock, network, noise(), **draw)).any()
+
+
+# ---------------------------------------------------------------------------------------------- LCM
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("original_steps", [50, 100, 37])
+def test_lcm(prediction_type, original_steps):
+    stock = diffusers.LCMScheduler(prediction_type=prediction_type, original_inference_steps=original_steps)
+    ours = diffx.LCM.from_config(stock.config)
+    for num_steps in (1, 2, 4, 9, 30):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_parity(ours, stock, seed=3)
+
+
+def test_lcm_arguments_of_a_run():
+    stock = diffusers.LCMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=True)
+    ours = diffx.LCM.from_config(stock.config)
+    for run in (
+        dict(num_inference_steps=4, original_inference_steps=25),
+        dict(num_inference_steps=3, strength=0.6),
+        dict(timesteps=[999, 500, 19]),
+    ):
+        stock.set_timesteps(**run)
+        ours.set_timesteps(**run)
+        assert_parity(ours, stock, seed=3)
+    with pytest.raises(ValueError, match="num_inference_steps=51 must be a whole number between 1 and the 50 distilled times"):
+        ours.set_timesteps(51)
+    with pytest.raises(ValueError, match="original_inference_steps=2000 must lie between 1 and the 1000 train times"):
+        ours.set_timesteps(4, original_inference_steps=2000)
+    with pytest.raises(ValueError, match=r"strength=0\.5 acts on the times of the distillation only"):
+        ours.set_timesteps(timesteps=[999, 500], strength=0.5)
+    with pytest.raises(ValueError, match="use_karras_sigmas=True does not fit LCM"):
+        diffx.LCM(use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="zero terminal SNR"):  # the first of its times is the last of training
+        diffx.LCM(rescale_betas_zero_snr=True).set_timesteps(4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_lcm(shift):
+    stock = diffusers.FlowMatchLCMScheduler(shift=shift)
+    ours = diffx.LCM.from_config(stock.config)
+    for num_steps in (1, 2, 4, 9):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        # float32: stock draws in the dtype of a float32 sample and the network's output together
+        assert_parity(ours, stock, seed=3, x=noise(dtype=torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------- bounds on x0
+
+BOUNDED = {
+    "DDIM": (diffx.DDIM, diffusers.DDIMScheduler, dict(timestep_spacing="leading", clip_sample=False)),
+    "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler, {}),
+    "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("most", [1.0, 1.5, 50.0])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_dynamic_thresholding(name, most):
+    cls, stock_class, options = BOUNDED[name]
+    stock = stock_class(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=most, **options, **SCALED)
+    ours = cls.from_config(stock.config)
+    consistent = dict(use_clipped_model_output=True) if name == "DDIM" else {}
+    for num_steps in STEPS:
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(num_steps)
+        loud = lambda x, t: 3 * network(x, t)  # noqa: E731  # so that the bound acts
+        want = denoise(stock, loud, noise(), **consistent)
+        assert_same(denoise(ours, loud, noise(), **consistent), want)
+    unbounded = cls.from_config(stock.config, thresholding=False)
+    for scheduler in (ours, unbounded):
+        scheduler.set_timesteps(4)
+    x0, free = (s.step(noise(2), s.timesteps[0], noise()).pred_original_sample for s in (ours, unbounded))
+    assert x0.abs().max() <= 1 < free.abs().max()
 
 
 # ---------------------------------------------------------------------------------------------- DPMSolver

@@ -1,22 +1,29 @@
 """How to sample: every solver is a table of coefficients, stepped by one function, in Diffusers' scheduler contract."""
 
+from .few_step import LCM
 from .multistep import DPMSolver
 from .one_step import DDIM, Euler
 from .plan import Call, Plan
 from .scheduler import StepOutput, TableScheduler
+from .stochastic import DDPM, EulerAncestral
 from .table import Row, State, Table, advance
+from .two_stage import Heun
 from .unipc import UniPC
 
-SAMPLERS = (DDIM, Euler, DPMSolver, UniPC)
+SAMPLERS = (DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC, LCM)
 for _sampler in SAMPLERS:
     _sampler.__module__ = "diffx"  # the name Diffusers writes into model_index.json, whatever file the class lives in
 
 __all__ = [
     "DDIM",
+    "DDPM",
+    "LCM",
     "SAMPLERS",
     "Call",
     "DPMSolver",
     "Euler",
+    "EulerAncestral",
+    "Heun",
     "Plan",
     "Row",
     "State",

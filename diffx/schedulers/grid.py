@@ -11,6 +11,15 @@ from typing import Any, Literal
 import numpy as np
 
 from .process import Process
+from .spacing import AYS, OWN_SPACINGS, ays_sigmas, beta_sigmas, exponential_sigmas, karras_sigmas, quadratic_timesteps
+
+# Diffusers' words for noise levels that replace those of the spaced times, between the same ends.
+FILLS = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
+    "use_lu_lambdas": exponential_sigmas,  # even in lam is even in log sigma
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,11 @@ class Grid:
 
     t: np.ndarray  # (N,) what the network is fed
     sigmas: np.ndarray  # (N + 1,) falling
+
+    def per_call(self, calls: int) -> "Grid":
+        """The same grid with an entry per network call, for methods that call ``calls`` times in every interval but the last."""
+        t, sigmas = (np.repeat(each, calls)[calls - 1 :] for each in (self.t, self.sigmas[:-1]))
+        return Grid(t, np.append(sigmas, self.sigmas[-1]))
 
 
 def make_grid(
@@ -90,19 +104,6 @@ def spaced_timesteps(spacing: str, num_steps: int, last: int, convention: Conven
     return t[:num_steps].copy()  # a reversed view has strides that torch refuses
 
 
-def karras_sigmas(num_steps: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
-    """(N,) noise levels from ``sigma_max`` down to ``sigma_min``, spaced evenly in sigma^(1/rho).
-
-    Source: Karras et al. 2022 (arXiv:2206.00364) eq. 5.
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max < inf and num_steps >= 1.
-    """
-    if not (0 < sigma_min < sigma_max < np.inf and num_steps >= 1):
-        raise ValueError(f"karras sigmas need 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max} for {num_steps} steps")
-    return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
-
-
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """Flow sigmas moved towards noise by ``shift`` > 1 (1 leaves them); 0 and 1 stay where they are.
 
@@ -121,11 +122,18 @@ def _spaced(process: Process, convention: Convention, config: Mapping[str, Any],
     most = last - convention.ends_on_point
     if steps > most:
         raise ValueError(f"num_inference_steps={steps} is more than the {most} train times this grid can visit")
-    t = spaced_timesteps(config["timestep_spacing"], steps, last, convention, offset=config["steps_offset"])
+    spacing, fill = config.get("spacing"), _fill(config)
+    if spacing == "quadratic":
+        t = quadratic_timesteps(steps + convention.ends_on_point, last)[:steps]
+    else:
+        t = spaced_timesteps(config["timestep_spacing"], steps, last, convention, offset=config["steps_offset"])
     sigmas = process.sigma_at(np.minimum(t, len(table) - 1))
-    if config["use_karras_sigmas"]:
+    if spacing in AYS:
+        sigmas = ays_sigmas(steps, spacing)
+        t = _fed(process, convention, config, sigmas)
+    elif fill:
         ends = (table[-1], table[0]) if convention.karras_between == "table" else (sigmas[0], sigmas[-1])
-        sigmas = _karras_between(*ends, steps, config)
+        sigmas = _between(fill, *ends, steps, config)
         t = _fed(process, convention, config, sigmas)
     elif _continuous(config):
         t = _fed(process, convention, config, sigmas)
@@ -133,8 +141,9 @@ def _spaced(process: Process, convention: Convention, config: Mapping[str, Any],
 
 
 def _from_timesteps(process: Process, convention: Convention, config: Mapping[str, Any], t: np.ndarray) -> Grid:
-    if config["use_karras_sigmas"] or _continuous(config):
-        raise ValueError("timesteps cannot be combined with use_karras_sigmas=True or timestep_type='continuous'; pass sigmas")
+    if (fill := _fill(config)) or config.get("spacing") or _continuous(config):
+        word = f"{fill}=True" if fill else f"spacing={config['spacing']!r}" if config.get("spacing") else "timestep_type='continuous'"
+        raise ValueError(f"timesteps cannot be combined with {word}; pass sigmas")
     t = _checked(t, "timesteps", at_least=1)
     top = process.num_train_timesteps - (process.frame != "flow")
     if t[0] > top or (convention.whole_t and process.frame != "flow" and np.any(t != np.round(t))):
@@ -145,7 +154,10 @@ def _from_timesteps(process: Process, convention: Convention, config: Mapping[st
 
 def _flow(process: Process, config: Mapping[str, Any], steps: int | None, sigmas: Sequence[float] | None, mu: float | None) -> Grid:
     """The grid of FlowMatchEulerDiscreteScheduler, its second shift of an already shifted default range included."""
-    shift, dynamic = _flow_shift(config), config["use_dynamic_shifting"]
+    shift, dynamic, fill = _flow_shift(config), config["use_dynamic_shifting"], _fill(config)
+    if fill == "use_lu_lambdas" or config.get("spacing"):
+        word = f"spacing={config['spacing']!r}" if config.get("spacing") else f"{fill}=True"
+        raise ValueError(f"{word} is for models with betas; flow models have use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas")
     if dynamic and mu is None:
         raise ValueError("use_dynamic_shifting=True needs mu; flow pipelines compute it from the picture's size")
     if sigmas is None:
@@ -162,8 +174,8 @@ def _flow(process: Process, config: Mapping[str, Any], steps: int | None, sigmas
     values = shift_sigmas(values, shift)
     if config["shift_terminal"]:
         values = 1 - (1 - values) * (1 - config["shift_terminal"]) / (1 - values[-1])
-    if config["use_karras_sigmas"]:
-        values = _karras_between(values[0], values[-1], len(values), config)
+    if fill:
+        values = _between(fill, values[0], values[-1], len(values), config)
     return Grid(process.t_at(values), np.append(values, 0.0))
 
 
@@ -175,11 +187,21 @@ def _flow_shift(config: Mapping[str, Any]) -> float:
     return told.pop() if told else 1.0
 
 
-def _karras_between(high: float, low: float, steps: int, config: Mapping[str, Any]) -> np.ndarray:
-    """Karras sigmas between the config's ``sigma_max`` and ``sigma_min``, or else between the ends of the grid they replace."""
+def _fill(config: Mapping[str, Any]) -> str | None:
+    """The one word of ``FILLS`` that is on, if any."""
+    told = [word for word in FILLS if config[word]]
+    if len(told) > 1:
+        raise ValueError(f"{' and '.join(told)} are both on; set one of them")
+    if told and config.get("spacing"):
+        raise ValueError(f"spacing={config['spacing']!r} contradicts {told[0]}=True; set one of them")
+    return told[0] if told else None
+
+
+def _between(fill: str, high: float, low: float, steps: int, config: Mapping[str, Any]) -> np.ndarray:
+    """Sigmas between the config's ``sigma_max`` and ``sigma_min``, or else between the ends of the grid they replace."""
     high = high if config["sigma_max"] is None else config["sigma_max"]
     low = low if config["sigma_min"] is None else config["sigma_min"]
-    return karras_sigmas(steps, sigma_min=low, sigma_max=high) if steps > 1 else np.array([float(high)])
+    return FILLS[fill](steps, sigma_min=low, sigma_max=high) if steps > 1 else np.array([float(high)])
 
 
 def _fed(process: Process, convention: Convention, config: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
@@ -215,8 +237,9 @@ def _checked(values: np.ndarray, name: str, *, at_least: int) -> np.ndarray:
 
 def _refuse_unknown_words(config: Mapping[str, Any]) -> None:
     """A grid word that would be ignored is refused."""
-    for word in ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas"):
-        if config[word]:
-            raise ValueError(f"{word}=True is not supported; use_karras_sigmas, timestep_spacing, timesteps and sigmas are")
+    if config["invert_sigmas"]:
+        raise ValueError("invert_sigmas=True is not supported; timestep_spacing, timesteps and sigmas are")
+    if config.get("spacing") not in (None, *OWN_SPACINGS):
+        raise ValueError(f"spacing={config['spacing']!r} is not one of {', '.join(OWN_SPACINGS)}; timestep_spacing knows Diffusers' own")
     if config["interpolation_type"] != "linear":
         raise ValueError(f"interpolation_type={config['interpolation_type']!r} is not supported; only linear is")

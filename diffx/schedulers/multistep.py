@@ -15,11 +15,11 @@ def dpmpp(
     sigma: np.ndarray,
     orders: Sequence[int],
     *,
-    stochastic: bool = False,
+    eta: float = 0.0,
     solver_type: str = "midpoint",
     stock_third_order: bool = False,
 ) -> list[Row]:
-    """One row per interval of DPM-Solver++(1M/2M/3M), or of its SDE form.
+    """One row per interval of DPM-Solver++(1M/2M/3M), of its SDE form, or of one in between.
 
     The x0 predictions are a polynomial in the half-log-SNR lam, integrated exactly against the linear part (order 2
     "midpoint" replaces psi_2 by psi_1 / 2).
@@ -29,6 +29,7 @@ def dpmpp(
     Args:
         alpha, sigma: (N + 1,) the noise levels; sigma may end in 0 and alpha may start at 0.
         orders: (N,) 1, 2 or 3; interval i has at most i + 1 predictions to look at.
+        eta: share of the noise: 0 is the ODE, 1 the SDE; any eta >= 0 has the same noise levels.
         stock_third_order: weigh the second difference as Diffusers does: half of it, which leaves order 2 (and with the wrong
             sign of 1/2 in the SDE form). Only for comparison.
 
@@ -39,7 +40,7 @@ def dpmpp(
         raise ValueError(f"solver_type={solver_type!r} is not one of midpoint, heun")
     with np.errstate(divide="ignore"):
         lam = np.log(alpha) - np.log(sigma)
-    rate = 2 if stochastic else 1
+    rate = 1 + eta
     rows = []
     for i, order in enumerate(orders):
         if not 1 <= order <= min(3, i + 1):
@@ -49,8 +50,8 @@ def dpmpp(
             continue
         h = lam[i + 1] - lam[i]
         psi_1, psi_2, psi_3 = psi(rate * h)
-        keep = sigma[i + 1] / sigma[i] * (math.exp(-h) if stochastic else 1.0)
-        noise = sigma[i + 1] * math.sqrt(-math.expm1(-2 * h)) if stochastic else 0.0
+        keep = sigma[i + 1] / sigma[i] * (math.exp(-eta * h) if eta else 1.0)  # h may be infinite
+        noise = sigma[i + 1] * math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0
         # Weights of m0, m1, m2 in: x0 now, its slope times h, its second derivative times h^2.
         now, slope, bend = np.array([1.0, 0, 0]), np.zeros(3), np.zeros(3)
         if order >= 2:
@@ -64,7 +65,7 @@ def dpmpp(
         if order == 2 and solver_type == "midpoint":
             psi_2 = psi_1 / 2
         if order == 3 and stock_third_order:
-            bend, psi_3 = bend / 2, psi_3 - (1.0 if stochastic else 0.0)
+            bend, psi_3 = bend / 2, psi_3 - eta
         weights = alpha[i + 1] * (psi_1 * now + psi_2 * slope + psi_3 * bend)
         rows.append(Row((keep, *weights[:order].tolist()), noise=noise))
     return rows
@@ -87,11 +88,12 @@ class DPMSolver(
         solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True, euler_at_final=False,
         thresholding=False, dynamic_thresholding_ratio=0.995, sample_max_value=1.0, variance_type=None,
     ),
-    own=dict(stock_third_order=False),
+    own=dict(stock_third_order=False, eta=1.0),
 ):  # fmt: skip
     """DPM-Solver++ of order 1, 2 (2M) or 3 (3M), ODE or SDE; the drop-in for ``DPMSolverMultistepScheduler``.
 
-    ``algorithm_type`` is "dpmsolver++" or "sde-dpmsolver++". Order 3 has the coefficient that makes it order 3;
+    ``algorithm_type`` is "dpmsolver++" or "sde-dpmsolver++"; with the latter ``eta`` is the share of its noise, from 0 (the ODE) over
+    1 (the SDE, as in Diffusers) to more. Order 3 has the coefficient that makes it order 3;
     ``stock_third_order=True`` reproduces Diffusers'.
     """
 
@@ -104,8 +106,12 @@ class DPMSolver(
             raise ValueError(f"algorithm_type={config.algorithm_type!r} is not one of dpmsolver++, sde-dpmsolver++")
         if config.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order={config.solver_order} must be 1, 2 or 3")
-        if config.thresholding:
-            raise ValueError("thresholding=True is not supported")
+
+        eta = config.get("eta", 1.0)
+        if not 0 <= eta < math.inf:
+            raise ValueError(f"eta={eta} must be a finite share of the noise, at least 0")
+        if eta != 1 and config.algorithm_type != "sde-dpmsolver++":
+            raise ValueError(f'eta={eta} needs algorithm_type="sde-dpmsolver++"; {config.algorithm_type!r} has no noise')
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         config, calls = self.config, len(sigma) - 1
@@ -120,7 +126,7 @@ class DPMSolver(
             alpha,
             sigma,
             orders,
-            stochastic=config.algorithm_type == "sde-dpmsolver++",
+            eta=config.get("eta", 1.0) if config.algorithm_type == "sde-dpmsolver++" else 0.0,
             # from_config may bring another class's word, which the twin reads as midpoint too.
             solver_type="midpoint" if config.solver_type in ("logrho", "bh1", "bh2") else config.solver_type,
             stock_third_order=bool(config.get("stock_third_order")),

@@ -61,22 +61,6 @@ class DDIM(
 
     zero_snr = 0.0
 
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As the base class's; the config of a scheduler that knows no clipping brings none (its x0 may be unbounded latents)."""
-        if config is not None and not isinstance(config, str) and "clip_sample" not in config:
-            kwargs.setdefault("clip_sample", False)
-        return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    def _check_options(self) -> None:
-        super()._check_options()
-        if self.config.thresholding:
-            raise ValueError("thresholding=True is not supported; clip_sample=True is")
-
-    def _read_run_options(self) -> None:
-        super()._read_run_options()
-        self._clip = self.config.clip_sample_range if self.config.clip_sample else None
-
     def _grid_config(self) -> dict[str, Any]:
         return {**self.config, "final_sigmas_type": "zero" if self.config.set_alpha_to_one else "sigma_min"}
 
@@ -96,9 +80,6 @@ class DDIM(
         ``use_clipped_model_output`` is always on: the clipped prediction is what the step uses.
         """
         return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {"eta": eta})
-
-    def _map_x0(self, x0: Tensor) -> Tensor:
-        return x0 if self._clip is None else x0.clamp(-self._clip, self._clip)
 
     def _noise_dtype(self, output_dtype: torch.dtype) -> torch.dtype:
         return output_dtype

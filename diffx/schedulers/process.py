@@ -124,18 +124,18 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler config, ours or Diffusers', in memory or from a file, describes a flow model.
 
     Diffusers' flow schedulers say so by their class only, and an in-memory config does not hold its class: they are the ones
-    that have shifts and no betas.
+    that have shifts (the LTX ancestral one: a noise factor) and no betas.
     """
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return True
-    return "beta_schedule" not in config and "trained_betas" not in config and ("shift" in config or "invert_sigmas" in config)
+    return "beta_schedule" not in config and "trained_betas" not in config and not {"shift", "invert_sigmas", "s_noise"}.isdisjoint(config)
 
 
 def make_betas(config: Mapping[str, Any]) -> torch.Tensor:
     """(T,) float32 variances of the forward steps, the same bits as Diffusers computes.
 
-    Source: linear and cosine are Ho et al. 2020 and Nichol and Dhariwal 2021 (arXiv:2102.09672) eq. 17; the zero-SNR rescale
-    is Lin et al. 2023 (arXiv:2305.08891) algorithm 1.
+    Source: linear and cosine are Ho et al. 2020 and Nichol and Dhariwal 2021 (arXiv:2102.09672) eq. 17; sigmoid is Xu et al. 2022
+    (arXiv:2203.02923, GeoDiff); the zero-SNR rescale is Lin et al. 2023 (arXiv:2305.08891) algorithm 1.
 
     Raises:
         ValueError: unknown ``beta_schedule``.
@@ -151,8 +151,11 @@ def make_betas(config: Mapping[str, Any]) -> torch.Tensor:
                 betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
             case "squaredcos_cap_v2":
                 betas = _cosine_betas(steps)
+            case "sigmoid":
+                betas = torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
             case unknown:
-                raise ValueError(f"beta_schedule={unknown!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
+                known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+                raise ValueError(f"beta_schedule={unknown!r} is not one of {known}")
     if not config["rescale_betas_zero_snr"]:
         return betas
     root = cumulative_alphas(betas).sqrt()

@@ -4,7 +4,7 @@ import copy
 import difflib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, ClassVar, Self
@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .clip import make_x0_map
 from .grid import Convention, Grid, make_grid
 from .noise import keyed_normal, seeds_of
 from .plan import Plan, make_plan
@@ -36,7 +37,7 @@ COMMON: dict[str, Any] = dict(
     base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
 )  # fmt: skip
 # Options only diffx has. They enter a config only where given, so that stock classes read our configs without a warning.
-OWN: dict[str, Any] = dict(seed=None, check_finite=False)
+OWN: dict[str, Any] = dict(seed=None, check_finite=False, spacing=None)
 
 
 @dataclass
@@ -56,6 +57,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     Options besides Diffusers' own:
         seed: whole number, or one per sample, that keys the noise of stochastic solvers in pipelines that hand no generator to
             ``step``. Without it the key is a checksum of each sample's first latent, hence of ``pipe(generator=...)``.
+        spacing: a grid that Diffusers lacks, instead of ``timestep_spacing``: "quadratic", or "ays_sd", "ays_sdxl", "ays_svd" (the
+            schedules of Align Your Steps, for any number of steps).
         check_finite: raise at the first network output that holds NaN or infinity (reads the device at every step).
     """
 
@@ -88,6 +91,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         private = {k: v for k, v in given.items() if k.startswith("_")}  # they ride along unread, as in Diffusers
         public = {k: v for k, v in given.items() if k not in private}
         _refuse_unknown(type(self).__name__, public, self.options | self.own_options)
+        if public.get("beta_schedule") == "quadratic":
+            public["beta_schedule"] = "scaled_linear"  # Diffusers' name of the same thing is what is saved
         own = {k: v for k, v in public.items() if k in self.own_options and v != self.own_options[k]}
         stock = {k: v for k, v in public.items() if k in self.options}
         # Whether x0 is bounded belongs to the model: it is written even where it is the default, so that it comes back from
@@ -112,7 +117,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler for the model that a Diffusers scheduler config describes; ``kwargs`` override single options.
 
-        A flow config stays one, whichever class it came from.
+        A flow config stays one, whichever class it came from. The config of a scheduler that knows no clipping brings none.
 
         Raises:
             ValueError: an option that this class does not have (with the nearest name), or a config for networks with
@@ -123,6 +128,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if "sigma_data" in config:
             raise ValueError("this config is for networks with EDM preconditioning (sigma_data), which diffx does not sample")
         _refuse_unknown(cls.__name__, {k: v for k, v in kwargs.items() if not k.startswith("_")}, cls.options | cls.own_options)
+        if "clip_sample" in cls.options and "clip_sample" not in config:  # its x0 may be unbounded latents
+            kwargs.setdefault("clip_sample", False)
+        if kwargs.get("spacing") is not None and "timestep_spacing" not in kwargs:
+            config = {k: v for k, v in config.items() if k != "timestep_spacing"}  # replaced, not contradicted
         inferred = is_flow({**config, **kwargs}) and "prediction_type" not in kwargs
         if inferred:
             kwargs["prediction_type"] = "flow_prediction"
@@ -137,7 +146,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """The table of the calls ``begin`` .. N - 1; what a subclass defines.
 
         Args:
-            alpha, sigma: (N + 1,) the noise levels of the whole grid, in this class's frame.
+            alpha, sigma: (N + 1,) the noise levels of all N calls and of the end, in this class's frame.
             run_options: extra arguments of the subclass's ``step``.
         """
         raise NotImplementedError
@@ -145,9 +154,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _read_run_options(self) -> None:
         """Keep the options that every step needs; called by ``set_timesteps``, since pipelines rewrite the config before it."""
         self._check_finite = bool(self.config.get("check_finite"))
+        self._x0_map = make_x0_map(self.config)
 
     def _check_options(self) -> None:
         """Refuse, at construction, option values that could only fail later."""
+        spacing, told = self.config.get("spacing"), self.config.timestep_spacing
+        if spacing is not None and told != self.options["timestep_spacing"]:
+            raise ValueError(f"spacing={spacing!r} contradicts timestep_spacing={told!r}; set one of them")
         if self.config.stochastic_sampling:
             raise ValueError("stochastic_sampling=True is not supported; use DPMSolver(algorithm_type='sde-dpmsolver++')")
 
@@ -176,8 +189,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _make_run_ready(self, device, *wanted: Any) -> None:
         self._grid = None  # a refused grid leaves no run behind
         self._process = self._make_process()  # read now: pipelines rewrite the config after construction
-        grid = make_grid(self._process, self.convention, self._grid_config(), *wanted)
-        self.num_inference_steps = len(grid.t)
+        intervals = make_grid(self._process, self.convention, self._grid_config(), *wanted)
+        self.num_inference_steps = len(intervals.t)
+        grid = intervals.per_call(self.order)
         flow = self._process.frame == "flow"
         dtype = torch.int64 if self.convention.whole_t and not flow and np.array_equal(grid.t, np.round(grid.t)) else torch.float32
         self._handed_out.add(self.timesteps)
@@ -209,6 +223,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         turn = self._turn.claim()
         if self._grid is not None and not 0 <= begin_index < len(self._grid.t):
             raise ValueError(f"begin_index={begin_index} must lie between 0 and {len(self._grid.t) - 1}")
+        self._refuse_mid_interval(begin_index)
         if turn.run is not None and turn.run.under_way and begin_index != turn.begin_index:
             raise ValueError(ONE_RUN.format(f"begin_index={begin_index} was set while a run is at index {turn.run.index}"))
         turn.begin_index = begin_index
@@ -282,7 +297,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return self._step(model_output, timestep, sample, generator, variance_noise, return_dict, {})
 
     @in_turn
-    def _step(self, out: Tensor, timestep, x: Tensor, generator, variance_noise, return_dict: bool, run_options: dict[str, Any]):
+    def _step(
+        self,
+        out: Tensor,
+        timestep,
+        x: Tensor,
+        generator,
+        variance_noise,
+        return_dict: bool,
+        run_options: dict[str, Any],
+        noise_scale: Callable[[int], Tensor] | None = None,  # index of the call -> (B, ...) factor on its noise
+    ) -> StepOutput | tuple[Tensor, Tensor]:
         turn = self._turn.claim()
         index = self._index(timestep)
         run = turn.run
@@ -300,16 +325,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             out = out.to(x.dtype)
         if self._check_finite and not torch.isfinite(out).all():
             raise ValueError(f"the network's output at call {index} (t={float(timestep):g}) holds NaN or infinity")
-        x0 = self._map_x0(combine(self._x0_weights[index], x, (out,)))
+        x0 = combine(self._x0_weights[index], x, (out,))
+        if self._x0_map is not None:
+            x0 = self._x0_map(x0)
 
-        sample, run.state = advance(run.table, run.state, x, x0, lambda: self._draw(run, index, x, dtype, generator, variance_noise))
+        def draw() -> Tensor:
+            z = self._draw(run, index, x, dtype, generator, variance_noise)
+            return z if noise_scale is None else z * noise_scale(index)
+
+        sample, run.state = advance(run.table, run.state, x, x0, draw)
         if sample.dtype != dtype:
             sample, x0 = sample.to(dtype), x0.to(dtype)
         return StepOutput(prev_sample=sample, pred_original_sample=x0) if return_dict else (sample, x0)
-
-    def _map_x0(self, x0: Tensor) -> Tensor:
-        """A map applied to every prediction of the clean sample, such as clipping."""
-        return x0
 
     def _draw(self, run: Run, index: int, x: Tensor, dtype: torch.dtype, generator, variance_noise: Tensor | None) -> Tensor:
         if variance_noise is not None:
@@ -342,6 +369,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if expected < len(times) and math.isclose(value, times[expected], rel_tol=1e-6, abs_tol=1e-6):
             return expected
         index = int(np.abs(times - value).argmin())
+        index += -index % self.order  # of a time visited twice, the call that begins its interval
         if isinstance(timestep, Tensor) and not math.isclose(value, times[index], rel_tol=1e-6, abs_tol=1e-6):
             raise ValueError(f"timestep {value:g} is not among the {len(times)} times of this run; set_timesteps() chooses them")
         return index
@@ -354,6 +382,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """A new run from ``index``; a plain number out of order gets a run of its own that nobody continues."""
         calls = len(self._require_grid().t)
         if turn.run is None and turn.begin_index in (None, index):
+            self._refuse_mid_interval(index)
             turn.run = Run(index, self._table(index, **run_options), State(), run_options)
             return turn.run
         if not isinstance(timestep, Tensor):
@@ -365,6 +394,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             f"step out of order: got index {index} (t={self._grid.t[index]:g}), expected index {expected} "  # type: ignore[union-attr]
             f"(t={self._grid.t[expected]:g}); one scheduler serves one run at a time, and set_timesteps() starts a new one"  # type: ignore[union-attr]
         )
+
+    def _refuse_mid_interval(self, index: int) -> None:
+        if index % self.order:
+            raise ValueError(
+                f"index {index} is in the middle of an interval of {type(self).__name__}, which calls the network {self.order} times in "
+                f"each: begin at a multiple of {self.order}, e.g. {index - index % self.order}"
+            )
 
     def _table(self, begin: int, **run_options: Any) -> Table:
         alpha, sigma = self._levels

@@ -105,7 +105,7 @@ class UniPC(
         config = self.config
         if config.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order={config.solver_order} must be 1, 2 or 3")
-        for option, only in {"predict_x0": True, "solver_p": None, "thresholding": False}.items():
+        for option, only in {"predict_x0": True, "solver_p": None}.items():
             if config[option] != only:
                 raise ValueError(f"{option}={config[option]!r} is not supported; only {only} is")
 
