@@ -1,17 +1,25 @@
 """The folders in ``schedulers/``: they load, hold the published numbers of their family, and sample its pipeline."""
 
+import ast
+import importlib
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 import diffx
 from diffx.evaluation.samplers import make_sampler
 from diffx.oracle import Gaussian
+from diffx.schedulers.one_step import ddim
+from diffx.schedulers.table import State, advance
 from diffx.testing import call_inputs, denoise, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -128,3 +136,131 @@ def test_the_video_card_tells_what_gaussian_data_say():
         # The card has three decimals.
         assert error_on_gaussian_data(diffx.UniPC.from_pretrained(FOLDERS / "svd"), int(steps)) == pytest.approx(float(ours), abs=6e-4)
         assert error_on_gaussian_data(published("svd"), int(steps)) == pytest.approx(float(theirs), abs=6e-4)
+
+
+# gradient estimation
+
+GRADIENT_ESTIMATION = FOLDERS / "gradient_estimation"
+LAM_STEPS = (48, 72, 108, 160, 256)
+
+
+@pytest.fixture
+def component(monkeypatch):
+    """The component as the card imports it, from the top folder of the repository."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("schedulers.gradient_estimation.scheduler")
+
+
+def levels(num_steps):
+    """(alpha, sigma), each (N + 1,), on the flow alpha = 1 - sigma, even in log(alpha / sigma)."""
+    sigma = 1 / (1 + np.exp(np.linspace(-3, 3, num_steps + 1)))
+    return 1 - sigma, sigma
+
+
+def as_in_the_paper(alpha, sigma, x, network, gamma):
+    """The end point, written with eps alone: x moves along gamma * eps_new + (1 - gamma) * eps_old."""
+    old = None
+    for a0, s0, a1, s1 in zip(alpha, sigma, alpha[1:], sigma[1:]):
+        new = (x - a0 * network(x, a0, s0)) / s0
+        eps = new if old is None else gamma * new + (1 - gamma) * old
+        x, old = a1 / a0 * (x - s0 * eps) + s1 * eps, new
+    return x
+
+
+def by_table(rows, alpha, sigma, x, network):
+    table, state = diffx.Table(alpha, sigma, tuple(rows)), State()
+    for a, s in zip(alpha[:-1], sigma[:-1]):
+        x, state = advance(table, state, x, network(x, a, s), noise=None)
+    return x
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0, 3.0])
+def test_the_rows_are_the_papers_sampler(component, gamma):
+    alpha, sigma = levels(12)
+    x = torch.tensor([1.3, -0.4], dtype=torch.float64)
+
+    def network(x, alpha, sigma):  # any function does; this one is far from linear
+        return torch.sin(3 * x) + alpha * x
+
+    ours = by_table(component.gradient_estimation(alpha, sigma, gamma), alpha, sigma, x, network)
+    # The same sums in another order: 12 steps of float64 rounding, and gamma 3 doubles an error at each.
+    assert torch.allclose(ours, as_in_the_paper(alpha, sigma, x, network, gamma), rtol=0, atol=1e-11)
+
+
+def test_gamma_one_is_ddim_and_only_sensible_ones_are_taken(component):
+    alpha, sigma = levels(6)
+    for row, plain in zip(component.gradient_estimation(alpha, sigma, 1.0), ddim(alpha, sigma), strict=True):
+        assert row.sample[:2] == pytest.approx(plain.sample, rel=1e-12) and not any(row.sample[2:])
+    with pytest.raises(ValueError, match=r"gamma=0.9 must lie between 1 \(DDIM\) and 3"):
+        component.gradient_estimation(alpha, sigma, 0.9)
+    with pytest.raises(ValueError, match=r"gamma=3.5 must lie between"):
+        component.GradientEstimation(gamma=3.5).set_timesteps(4)
+
+
+def test_gradient_estimation_has_order_one(component):
+    """gamma 2 leans too far for order 2, which on even steps of eps would need 1.5; its gain is a smaller constant."""
+    data, errors = Gaussian(torch.tensor([0.7, -1.5], dtype=torch.float64), torch.tensor([0.5, 1.8], dtype=torch.float64)), []
+    for n in LAM_STEPS:
+        alpha, sigma = levels(n)
+        x = torch.tensor([[1.2, 0.4]], dtype=torch.float64)
+        end = by_table(component.gradient_estimation(alpha, sigma, 2.0), alpha, sigma, x, data.x0)
+        errors.append((end - data.flow(x, (alpha[0], sigma[0]), (alpha[-1], sigma[-1]))).abs().max().item())
+    slope = -np.polyfit(np.log(LAM_STEPS), np.log(errors), 1)[0]
+    assert slope == pytest.approx(1, abs=0.2)  # as in test_orders
+
+
+def test_gradient_estimation_loads_by_folder_and_in_every_frame_of_process(component, embedded):
+    loaded = component.GradientEstimation.from_pretrained(GRADIENT_ESTIMATION)
+    assert str(prepared(loaded).plan()) == str(prepared(component.GradientEstimation.from_config(embedded.scheduler.config)).plan())
+    for name, build in TINY.items():
+        pipe = build()
+        pipe.scheduler = component.GradientEstimation.from_config(published(name).config, gamma=1.5)
+        assert pipe(**call_inputs(pipe), num_inference_steps=5, output_type="pt").images.isfinite().all()
+
+
+def test_gradient_estimation_travels_as_a_custom_component(component, embedded, tmp_path):
+    """As the card says: its folder becomes the pipeline's ``scheduler``, and Diffusers runs it only when trusted."""
+    embedded.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "scheduler")
+    shutil.copytree(GRADIENT_ESTIMATION, tmp_path / "scheduler")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["scheduler", "GradientEstimation"]}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "GradientEstimation"
+    stock, images = embedded.scheduler, []
+    embedded.scheduler = component.GradientEstimation.from_config(stock.config)
+    for made in (embedded, pipe):
+        images.append(made("rocket", num_inference_steps=6, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    embedded.scheduler = stock
+    assert torch.equal(*images)
+
+
+def test_without_diffx_the_component_says_where_it_comes_from(monkeypatch):
+    source = (GRADIENT_ESTIMATION / "scheduler.py").read_text()
+    monkeypatch.setitem(sys.modules, "diffx", None)  # how Python marks a module that cannot be imported
+    with pytest.raises(ImportError, match="needs diffx, which is installed from a clone of its repository"):
+        exec(compile(source, "scheduler.py", "exec"), {"__name__": "scheduler"})
+    assert len(source.splitlines()) < 50  # the point of the example is its size
+
+
+def test_contributing_shows_the_component_as_it_is():
+    shown, source = (ROOT / "CONTRIBUTING.md").read_text(), (GRADIENT_ESTIMATION / "scheduler.py").read_text()
+    for node in ast.parse(source).body[-2:]:
+        code = ast.get_source_segment(source, node).replace("Row(", "diffx.Row(").replace("Table(", "diffx.Table(")
+        code = code.replace("(TableScheduler", "(diffx.TableScheduler")
+        assert code in shown
+
+
+def test_the_script_of_the_card_writes_its_plot_and_table(component, tmp_path):
+    shutil.copy(GRADIENT_ESTIMATION / "README.md", tmp_path)
+    command = [sys.executable, ROOT / "benchmarks" / "gradient_estimation.py", "--output", tmp_path, "--calls", "2", "3"]
+    done = subprocess.run([*command, "--reference-calls", "4"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "error.png").stat().st_size > 1000
+    written = (tmp_path / "README.md").read_text()
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    assert rows[0] == "| guidance | sampler | 2 | 3 |" and len(rows) == 2 + 2 * 5
+    assert written.split("<!-- table -->")[0] == card("gradient_estimation").split("<!-- table -->")[0]
