@@ -12,10 +12,10 @@ def gradient_estimation(alpha, sigma, gamma):
     eps_old was seen from an older point. With r = alpha / sigma, and m the x0 that each DDIM step really used,
     eps_old - eps_new = r_new x0_new - r_old x0_old - (r_new - r_old) m_old, so that m is a sum of x0 predictions alone.
 
-    Source: Permenter and Yuan 2023 (arXiv:2306.04848), the gradient-estimation sampler, gamma = 2 as there.
+    Source: Permenter and Yuan 2023 (arXiv:2306.04848), the gradient-estimation sampler; gamma = 2 is its authors' value.
     """
     if not 1 <= gamma <= 3:
-        raise ValueError(f"gamma={gamma} must lie between 1 (DDIM) and 3; 2 is the paper's")
+        raise ValueError(f"gamma={gamma} must lie between 1 (DDIM) and 3; 2 is its authors' value")
     rows, used = [], []  # used: the weights of the last m, newest prediction first
     for k, (a0, s0, a1, s1) in enumerate(zip(alpha, sigma, alpha[1:], sigma[1:])):
         share = alpha[k - 1] * s0 / (sigma[k - 1] * a0) if k else 0.0  # r_old / r_new
