@@ -81,6 +81,8 @@ def test_quickstart_ends_with_the_table_the_pictures_and_what_to_do_next(quickst
     assert all(control in printed for control in CONTROLS)
     assert str(folder / "compare.png") in printed
     assert "diffx sample" in printed.split("next:")[1]
+    script = printed.split("between:")[1].split()[1]
+    assert (Path(__file__).parent.parent / script).is_file()
 
 
 def test_compare_on_a_folder_prints_json_alone(tmp_path):

@@ -39,6 +39,7 @@ def quickstart(
     )
     if not as_json:
         typer.echo('next:     diffx sample "rocket on blue" --sampler UniPC --num-inference-steps 8')
+        typer.echo("between:  python pipelines/latent_interpolation/demo.py  (in a clone of the repository)")
         typer.echo("your own: diffx compare --model PATH_OR_ID --samplers UniPC,diffusers:DPMSolverMultistepScheduler")
 
 

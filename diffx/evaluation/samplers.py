@@ -12,6 +12,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
 from ..schedulers import SAMPLERS
+from ..schedulers.process import is_flow
 
 STOCK = "diffusers:"
 SPEC = re.compile(r"(?P<name>(?:diffusers:)?[A-Za-z_]\w*)(?:[:?](?P<options>.*))?")
@@ -45,6 +46,8 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
     if saved_class not in known and STOCK + str(saved_class) not in known:
         raise ValueError(f"sampler {source!r}: its class {saved_class!r} is no scheduler of Diffusers or diffx, and no other code is run")
     cls = known[saved_class] if saved_class in known else known[STOCK + saved_class]
+    if is_flow(saved) != is_flow(config):
+        raise ValueError(f"sampler {source!r} is for models of {_kind(saved)}, this one has {_kind(config)}")
     for key in PROCESS_KEYS:
         if key in saved and key in config and saved[key] != config[key]:
             raise ValueError(f"sampler {source!r} was made for {key}={saved[key]!r}, the model has {config[key]!r}")
@@ -107,6 +110,10 @@ def _value(text: str) -> Any:
         return json.loads({"none": "null"}.get(lower, lower))
     except json.JSONDecodeError:
         return text.strip()
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return "flow" if is_flow(config) else "betas"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

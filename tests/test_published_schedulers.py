@@ -1,0 +1,266 @@
+"""The folders in ``schedulers/``: they load, hold the published numbers of their family, and sample its pipeline."""
+
+import ast
+import importlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import diffx
+from diffx.evaluation.samplers import make_sampler
+from diffx.oracle import Gaussian
+from diffx.schedulers.one_step import ddim
+from diffx.schedulers.table import State, advance
+from diffx.testing import call_inputs, denoise, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ROOT / "schedulers"
+RECIPES = sorted(folder.name for folder in FOLDERS.iterdir() if folder.is_dir() and not (folder / "scheduler.py").is_file())
+TINY = {"sd15": tiny_stable_diffusion, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+BETAS = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+# What the model repositories of each family hold, without the options of one stock class alone.
+PUBLISHED = {
+    "sd15": (diffusers.PNDMScheduler, dict(BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)),
+    "sdxl": (diffusers.EulerDiscreteScheduler, dict(BETAS, prediction_type="epsilon", timestep_spacing="leading", steps_offset=1)),
+    "sd3": (diffusers.FlowMatchEulerDiscreteScheduler, dict(num_train_timesteps=1000, shift=3.0)),
+    "flux": (
+        diffusers.FlowMatchEulerDiscreteScheduler,
+        dict(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+             base_image_seq_len=256, max_image_seq_len=4096),
+    ),
+    "svd": (
+        diffusers.EulerDiscreteScheduler,
+        dict(BETAS, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
+             timestep_spacing="leading", steps_offset=1),
+    ),
+}  # fmt: skip
+
+
+def card(name):
+    return (FOLDERS / name / "README.md").read_text()
+
+
+def saved(name):
+    return json.loads((FOLDERS / name / "scheduler_config.json").read_text())
+
+
+def published(name):
+    cls, config = PUBLISHED[name]
+    return cls(**config)
+
+
+def prepared(scheduler, steps=8):
+    scheduler.set_timesteps(steps, mu=0.8 if scheduler.config.use_dynamic_shifting else None)
+    return scheduler
+
+
+def test_every_family_has_a_recipe():
+    assert RECIPES == sorted([*PUBLISHED, "emoji"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_holds_the_published_numbers(name):
+    """The very run that the published config gives when it is swapped as users swap it."""
+    ours = prepared(diffx.UniPC.from_pretrained(FOLDERS / name))
+    theirs = prepared(diffx.UniPC.from_config(published(name).config))
+    assert str(ours.plan()) == str(theirs.plan())
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+def test_the_embedded_recipe_is_the_process_of_the_embedded_model(embedded):
+    ours, own = diffx.UniPC.from_pretrained(FOLDERS / "emoji"), diffx.UniPC.from_config(embedded.scheduler.config)
+    assert str(prepared(ours).plan()) == str(prepared(own).plan())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_recipe_runs_in_the_pipeline_of_its_family(name):
+    pipe = TINY[name]()
+    pipe.scheduler = published(name)
+    stock = dict(pipe.scheduler.config)
+    exec(re.search(r"```python\n(.*?)```", card(name), re.DOTALL).group(1).replace('"schedulers/', f'"{FOLDERS}/'), {"pipe": pipe})
+    assert type(pipe.scheduler) is diffx.UniPC
+    made = [pipe(**call_inputs(pipe), num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images]
+    pipe.scheduler = make_sampler(str(FOLDERS / name), stock)
+    made += [pipe(**call_inputs(pipe), num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images]
+    assert made[0].isfinite().all() and made[0].std() > 0
+    assert torch.equal(*made)
+
+
+def test_the_embedded_recipe_samples_the_embedded_model(embedded):
+    stock, images = embedded.scheduler, []
+    for scheduler in (diffx.UniPC.from_pretrained(FOLDERS / "emoji"), make_sampler("UniPC", stock.config)):
+        embedded.scheduler = scheduler
+        images.append(embedded("rocket", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    embedded.scheduler = stock
+    assert torch.equal(*images)
+
+
+def test_a_recipe_of_another_kind_of_model_is_refused():
+    make_sampler(str(FOLDERS / "flux"), diffusers.FlowMatchEulerDiscreteScheduler().config)
+    with pytest.raises(ValueError, match="is for models of flow, this one has betas"):
+        make_sampler(str(FOLDERS / "flux"), diffusers.DDIMScheduler().config)
+    with pytest.raises(ValueError, match="is for models of betas, this one has flow"):
+        make_sampler(str(FOLDERS / "sdxl"), diffusers.FlowMatchEulerDiscreteScheduler().config)
+
+
+def error_on_gaussian_data(scheduler, steps):
+    """RMS distance to the exact end of the flow, for a perfect network that is fed log(edm_sigma) / 4."""
+    rng = torch.Generator().manual_seed(0)
+    data = Gaussian(torch.randn(4, 8, 8, generator=rng), 1.5 * torch.rand(4, 8, 8, generator=rng))
+    scheduler.set_timesteps(steps)
+
+    def level(edm_sigma):
+        return 1 / math.hypot(1, edm_sigma), edm_sigma / math.hypot(1, edm_sigma)
+
+    noise = torch.randn((2, 4, 8, 8), generator=rng, dtype=torch.float64)
+    first = noise * scheduler.init_noise_sigma
+    end = denoise(scheduler, lambda x, t: data.predict(x, *level(math.exp(4 * float(t))), "v_prediction"), first)
+    top = float(scheduler.sigmas[0])
+    start = first / math.hypot(1, top) if scheduler.init_noise_sigma > 1 else first  # Euler's frame has alpha = 1
+    return (end - data.flow(start, level(top), (1.0, 0.0))).square().mean().sqrt().item()
+
+
+def test_the_video_card_tells_what_gaussian_data_say():
+    found = re.findall(r"(\d\.\d+) against (\d\.\d+) at (\d+)", card("svd"))
+    assert [int(steps) for *_, steps in found] == [6, 10, 25]
+    for ours, theirs, steps in found:
+        # The card has three decimals.
+        assert error_on_gaussian_data(diffx.UniPC.from_pretrained(FOLDERS / "svd"), int(steps)) == pytest.approx(float(ours), abs=6e-4)
+        assert error_on_gaussian_data(published("svd"), int(steps)) == pytest.approx(float(theirs), abs=6e-4)
+
+
+# gradient estimation
+
+GRADIENT_ESTIMATION = FOLDERS / "gradient_estimation"
+LAM_STEPS = (48, 72, 108, 160, 256)
+
+
+@pytest.fixture
+def component(monkeypatch):
+    """The component as the card imports it, from the top folder of the repository."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("schedulers.gradient_estimation.scheduler")
+
+
+def levels(num_steps):
+    """(alpha, sigma), each (N + 1,), on the flow alpha = 1 - sigma, even in log(alpha / sigma)."""
+    sigma = 1 / (1 + np.exp(np.linspace(-3, 3, num_steps + 1)))
+    return 1 - sigma, sigma
+
+
+def as_in_the_paper(alpha, sigma, x, network, gamma):
+    """The end point, written with eps alone: x moves along gamma * eps_new + (1 - gamma) * eps_old."""
+    old = None
+    for a0, s0, a1, s1 in zip(alpha, sigma, alpha[1:], sigma[1:]):
+        new = (x - a0 * network(x, a0, s0)) / s0
+        eps = new if old is None else gamma * new + (1 - gamma) * old
+        x, old = a1 / a0 * (x - s0 * eps) + s1 * eps, new
+    return x
+
+
+def by_table(rows, alpha, sigma, x, network):
+    table, state = diffx.Table(alpha, sigma, tuple(rows)), State()
+    for a, s in zip(alpha[:-1], sigma[:-1]):
+        x, state = advance(table, state, x, network(x, a, s), noise=None)
+    return x
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0, 3.0])
+def test_the_rows_are_the_papers_sampler(component, gamma):
+    alpha, sigma = levels(12)
+    x = torch.tensor([1.3, -0.4], dtype=torch.float64)
+
+    def network(x, alpha, sigma):  # any function does; this one is far from linear
+        return torch.sin(3 * x) + alpha * x
+
+    ours = by_table(component.gradient_estimation(alpha, sigma, gamma), alpha, sigma, x, network)
+    # The same sums in another order: 12 steps of float64 rounding, and gamma 3 doubles an error at each.
+    assert torch.allclose(ours, as_in_the_paper(alpha, sigma, x, network, gamma), rtol=0, atol=1e-11)
+
+
+def test_gamma_one_is_ddim_and_only_sensible_ones_are_taken(component):
+    alpha, sigma = levels(6)
+    for row, plain in zip(component.gradient_estimation(alpha, sigma, 1.0), ddim(alpha, sigma), strict=True):
+        assert row.sample[:2] == pytest.approx(plain.sample, rel=1e-12) and not any(row.sample[2:])
+    with pytest.raises(ValueError, match=r"gamma=0.9 must lie between 1 \(DDIM\) and 3"):
+        component.gradient_estimation(alpha, sigma, 0.9)
+    with pytest.raises(ValueError, match=r"gamma=3.5 must lie between"):
+        component.GradientEstimation(gamma=3.5).set_timesteps(4)
+
+
+def test_gradient_estimation_has_order_one(component):
+    """gamma 2 leans too far for order 2, which on even steps of eps would need 1.5; its gain is a smaller constant."""
+    data, errors = Gaussian(torch.tensor([0.7, -1.5], dtype=torch.float64), torch.tensor([0.5, 1.8], dtype=torch.float64)), []
+    for n in LAM_STEPS:
+        alpha, sigma = levels(n)
+        x = torch.tensor([[1.2, 0.4]], dtype=torch.float64)
+        end = by_table(component.gradient_estimation(alpha, sigma, 2.0), alpha, sigma, x, data.x0)
+        errors.append((end - data.flow(x, (alpha[0], sigma[0]), (alpha[-1], sigma[-1]))).abs().max().item())
+    slope = -np.polyfit(np.log(LAM_STEPS), np.log(errors), 1)[0]
+    assert slope == pytest.approx(1, abs=0.2)  # as in test_orders
+
+
+def test_gradient_estimation_loads_by_folder_and_in_every_frame_of_process(component, embedded):
+    loaded = component.GradientEstimation.from_pretrained(GRADIENT_ESTIMATION)
+    assert str(prepared(loaded).plan()) == str(prepared(component.GradientEstimation.from_config(embedded.scheduler.config)).plan())
+    for name, build in TINY.items():
+        pipe = build()
+        pipe.scheduler = component.GradientEstimation.from_config(published(name).config, gamma=1.5)
+        assert pipe(**call_inputs(pipe), num_inference_steps=5, output_type="pt").images.isfinite().all()
+
+
+def test_gradient_estimation_travels_as_a_custom_component(component, embedded, tmp_path):
+    """As the card says: its folder becomes the pipeline's ``scheduler``, and Diffusers runs it only when trusted."""
+    embedded.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "scheduler")
+    shutil.copytree(GRADIENT_ESTIMATION, tmp_path / "scheduler")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["scheduler", "GradientEstimation"]}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "GradientEstimation"
+    stock, images = embedded.scheduler, []
+    embedded.scheduler = component.GradientEstimation.from_config(stock.config)
+    for made in (embedded, pipe):
+        images.append(made("rocket", num_inference_steps=6, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    embedded.scheduler = stock
+    assert torch.equal(*images)
+
+
+def test_without_diffx_the_component_says_where_it_comes_from(monkeypatch):
+    source = (GRADIENT_ESTIMATION / "scheduler.py").read_text()
+    monkeypatch.setitem(sys.modules, "diffx", None)  # how Python marks a module that cannot be imported
+    with pytest.raises(ImportError, match="needs diffx, which is installed from a clone of its repository"):
+        exec(compile(source, "scheduler.py", "exec"), {"__name__": "scheduler"})
+    assert len(source.splitlines()) < 50  # the point of the example is its size
+
+
+def test_contributing_shows_the_component_as_it_is():
+    shown, source = (ROOT / "CONTRIBUTING.md").read_text(), (GRADIENT_ESTIMATION / "scheduler.py").read_text()
+    for node in ast.parse(source).body[-2:]:
+        code = ast.get_source_segment(source, node).replace("Row(", "diffx.Row(").replace("Table(", "diffx.Table(")
+        code = code.replace("(TableScheduler", "(diffx.TableScheduler")
+        assert code in shown
+
+
+def test_the_script_of_the_card_writes_its_plot_and_table(component, tmp_path):
+    shutil.copy(GRADIENT_ESTIMATION / "README.md", tmp_path)
+    command = [sys.executable, ROOT / "benchmarks" / "gradient_estimation.py", "--output", tmp_path, "--calls", "2", "3"]
+    done = subprocess.run([*command, "--reference-calls", "4"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "error.png").stat().st_size > 1000
+    written = (tmp_path / "README.md").read_text()
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    assert rows[0] == "| guidance | sampler | 2 | 3 |" and len(rows) == 2 + 2 * 5
+    assert written.split("<!-- table -->")[0] == card("gradient_estimation").split("<!-- table -->")[0]
