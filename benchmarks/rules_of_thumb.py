@@ -315,7 +315,7 @@ def grids(pipe, size: Size) -> list[str]:
         + ", ".join(map(str, counts))
         + " calls are "
         + "; ".join(f"for {name} {', '.join(names)}" for name, names in winners.items())
-        + ". A grid that does not begin at pure noise starts from other noise levels than the reference, and pays for it in this figure.",
+        + ".",
     ]
 
 
