@@ -27,11 +27,6 @@ RENDERINGS_PER_GLYPH = 16
 SEED = 7  # not the UNet's: the encoder's pictures are not the ones it will find in samples
 
 
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def pictures(vae: AutoencoderKL, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Renderings, every second one through the autoencoder, (N, 3, 32, 32) uint8; their glyph and background classes (N,)."""

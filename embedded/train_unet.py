@@ -4,6 +4,7 @@
 
 `--state` holds optimizer and EMA; without them training goes on from a pipeline folder alone (`--resume FOLDER`), with a
 fresh optimizer. `<state>/pipeline` is a complete `StableDiffusionPipeline` folder, rewritten at every save.
+The budget is wall-clock time, so a second run is alike, not equal.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from train_vae import to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffx import glyphs
@@ -89,7 +91,7 @@ def cached_latents(vae: AutoencoderKL, renderings, file: Path) -> tuple[torch.Te
         means, stds = [], []
         for i in range(0, len(renderings), 256):
             images = np.stack([r.image() for r in renderings[i : i + 256]])
-            posterior = vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+            posterior = vae.encode(to_tensor(images)).latent_dist
             means.append(posterior.mean), stds.append(posterior.std)
         torch.save((torch.cat(means), torch.cat(stds)), file)
     return torch.load(file, weights_only=True)

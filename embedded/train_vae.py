@@ -4,6 +4,7 @@
 
 The saved autoencoder has per-channel mean 0 and standard deviation 1 on the training renderings: the statistics are folded
 into ``quant_conv`` and ``post_quant_conv``, so ``scaling_factor`` is 1 and stock pipelines need no shift.
+The budget is wall-clock time, so a second run is alike, not equal.
 """
 
 import argparse
@@ -102,8 +103,7 @@ def main(minutes: float, state_folder: Path) -> None:
             torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - min(0.998, step / (step + 10)))
         if step % 250 == 0:
             log.write(
-                json.dumps({"step": step, "minutes": 60 * minutes * done / 60, "loss": loss.item(), "held_out_psnr": psnr(ema, held_out)})
-                + "\n"
+                json.dumps({"step": step, "minutes": minutes * done, "loss": loss.item(), "held_out_psnr": psnr(ema, held_out)}) + "\n"
             )
             log.flush()
         if step % 1000 == 0:

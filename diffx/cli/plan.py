@@ -23,9 +23,9 @@ def plan(
 
     Of the model only the scheduler config is read, no weights.
     """
+    from diffx import TableScheduler
     from diffx.evaluation import make_sampler
     from diffx.loading import load_scheduler_config
-    from diffx.schedulers.scheduler import TableScheduler
 
     scheduler = make_sampler(sampler or "UniPC", load_scheduler_config(model))
     if not isinstance(scheduler, TableScheduler):

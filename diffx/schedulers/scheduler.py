@@ -230,7 +230,7 @@ class TableScheduler(Configured):
         run_options: dict[str, Any],
         noise_scale: Callable[[int], Tensor] | None = None,  # index of the call -> (B, ...) factor on its noise
     ) -> StepOutput | tuple[Tensor, Tensor]:
-        turn = self._turn.claim()
+        turn = self._turn.claim()  # again: another thread may have begun since the guard looked, and its run is not to be moved
         index = self._index(timestep)
         run = turn.run
         if run is None or index != run.index:
