@@ -26,18 +26,21 @@ from torch import Tensor
 
 from diffx.calibration import NetworkProblem, PipelineProblem, Problem, Settings
 from diffx.calibration.api import calibrate_problems
-from diffx.calibration.fixed import BETA_GRIDS, FLOW_GRIDS, SOLVERS, word_of
+from diffx.calibration.fixed import candidates
 from diffx.calibration.reference import References
+from diffx.evaluation.report import write_atomically
 from diffx.evaluation.samplers import make_sampler
 from diffx.oracle import Mixture
+from diffx.schedulers.calibrated import Calibrated
 from diffx.schedulers.process import is_flow
 
 torch.set_num_threads(1)
+diffusers.utils.logging.set_verbosity_error()
 FOLDER = Path(__file__).parent / "results" / "calibration"
 CALLS = (4, 5, 6, 8, 10)
 REFERENCE, REFERENCE_STEPS = "DPMSolver:timestep_spacing=trailing", 200
 GUIDANCE = 3.0
-FEW, FINALISTS = 16, 6  # test samples of the sweep's first round; configurations that see all of them
+FEW, FINALISTS = 8, 6  # test samples of the sweep's first round; configurations that see all of them
 
 # Diffusers' deterministic schedulers, with the options that choose a method.
 DPM = [f"solver_order={order},solver_type={kind}" for order, kind in product((1, 2, 3), ("midpoint", "heun"))]
@@ -68,11 +71,6 @@ def stock_configurations(flow: bool) -> list[str]:
             extra = "use_flow_sigmas=true,prediction_type=flow_prediction" if flow and shift == "flow_shift" else ""
             words.append(f"diffusers:{name}:" + ",".join(filter(None, [method, fill, place, extra])))
     return words
-
-
-def diffx_configurations(flow: bool) -> list[str]:
-    """The fixed samplers that stage (a) of a calibration tries."""
-    return [word_of(solver, grid) for grid in (FLOW_GRIDS if flow else BETA_GRIDS) for solver in SOLVERS]
 
 
 def steps_for(word: str, config: dict, calls: int):
@@ -114,13 +112,11 @@ def mixture(kind: str) -> tuple[Problem, Problem, Problem]:
 def emoji() -> tuple[Problem, Problem, Problem]:
     """The embedded model on prompts that it was trained on: 96 to learn from, 32 held out, 128 to test on, none twice."""
     from diffx import glyphs
-    from diffx.evaluation.emoji import all_prompts
+    from diffx.evaluation.emoji import all_prompts, parse_prompt
     from diffx.loading import load_pipeline
 
-    unseen = glyphs.held_out()
-    prompts = [prompt for prompt in all_prompts() if prompt.split(" on ")[0] not in unseen]
-    order = np.random.default_rng(0).permutation(len(prompts))[:256]
-    prompts = [prompts[i] for i in order]
+    shown = [prompt for prompt in all_prompts() if not (pair := parse_prompt(prompt))[0] in glyphs.held_out() and not glyphs.is_held_out_pair(*pair)]
+    prompts = [shown[i] for i in np.random.default_rng(0).permutation(len(shown))[:256]]
     pipe = load_pipeline(device="cpu")
     parts = prompts[:96], prompts[96:128], prompts[128:]
     one, two, three = (PipelineProblem(pipe, part, GUIDANCE, seed) for seed, part in enumerate(parts))
@@ -131,7 +127,7 @@ def settings_for(problem: str, calls: int) -> tuple[Settings, int]:
     """How much a calibration may spend, and the number of test samples."""
     shared = dict(num_inference_steps=calls, reference=REFERENCE)
     if problem == "emoji":
-        return Settings(num_samples=96, num_held_out=64, reference_steps=100, iterations=10, **shared), 128
+        return Settings(num_samples=144, num_held_out=64, reference_steps=100, iterations=8, **shared), 128
     return Settings(num_samples=2048, num_held_out=2048, batch_size=2048, reference_steps=200, iterations=40, **shared), 4096
 
 
@@ -147,15 +143,12 @@ def errors(problem: Problem, scheduler, steps: int, goals: Tensor, batch: int) -
     return (float(each.mean().sqrt()), float(each.sqrt().mean())) if each.isfinite().all() else (float("inf"), float("inf"))
 
 
-def sweep(problem: Problem, words: list[str], calls: int, goals: Tensor, batch: int) -> list[dict]:
-    """Every configuration on a few test samples; the best few on all of them, which are listed first with both errors."""
+def sweep(problem: Problem, runs: dict[str, tuple], goals: Tensor, batch: int) -> list[dict]:
+    """Every run (scheduler, steps) on a few test samples; the best few on all of them, which are listed first with both errors."""
     rounds: dict[str, tuple] = {}
-    for word in words:
-        found = steps_for(word, problem.config, calls)
-        if found is None:
-            continue
+    for word, found in runs.items():
         try:
-            rounds[word] = (*found, errors(problem, *found, goals[:FEW], batch)[0])
+            rounds[word] = (*found, errors(problem, *found, goals[:FEW], batch)[1])
         except Exception as error:  # Diffusers' classes fail in many ways at step, too
             print(f"  {word}: {type(error).__name__}: {error}"[:150], flush=True)
     order = sorted((word for word in rounds if np.isfinite(rounds[word][2])), key=lambda word: rounds[word][2])
@@ -164,7 +157,7 @@ def sweep(problem: Problem, words: list[str], calls: int, goals: Tensor, batch: 
         scheduler, steps, few = rounds[word]
         rms, mean = errors(problem, scheduler, steps, goals, batch)
         rows.append({"sampler": word, "steps": steps, "calls": len(scheduler.timesteps), "few": few, "rms": rms, "mean": mean})
-    rows.sort(key=lambda row: row["rms"])
+    rows.sort(key=lambda row: row["mean"])
     return rows + [{"sampler": word, "steps": rounds[word][1], "few": rounds[word][2]} for word in order[FINALISTS:]]
 
 
@@ -172,18 +165,40 @@ def measure(name: str, calls: int) -> dict:
     """One part: both sweeps and a calibration, all on the same test samples."""
     learned, held_out, test = emoji() if name == "emoji" else mixture(name.removeprefix("mixture-"))
     settings, count = settings_for(name, calls)
-    cache, flow = FOLDER.parent.parent.parent / "outputs" / "calibration-cache", is_flow(test.config)
+    cache = FOLDER.parent.parent.parent / "outputs" / "calibration-cache"
     goals = References(test, REFERENCE, REFERENCE_STEPS, cache).ends(count)
     floor = errors(test, make_sampler(REFERENCE, test.config), REFERENCE_STEPS // 2, goals, settings.batch_size)
     start = time.perf_counter()
     calibrated = calibrate_problems(learned, held_out, settings, cache=cache)
     seconds = time.perf_counter() - start
     rms, mean = errors(test, calibrated, calls, goals, settings.batch_size)
+    stock = {word: steps_for(word, test.config, calls) for word in stock_configurations(is_flow(test.config))}
+    fixed = {
+        word: (Calibrated.from_config(test.config, calibration=made.to_dict()), calls) for word, made in candidates(test.config, calls).items()
+    }
     part = {
         "problem": name, "calls": calls, "test_samples": count, "floor": {"rms": floor[0], "mean": floor[1]},
         "calibrated": {"rms": rms, "mean": mean, "seconds": round(seconds, 1), "stages": calibrated.calibration.made_with["stages"]},
         "config": {key: value for key, value in calibrated.config.items() if not key.startswith("_")},
-        "diffx": sweep(test, diffx_configurations(flow), calls, goals, settings.batch_size),
-        "diffusers": sweep(test, stock_configurations(flow), calls, goals, settings.batch_size),
+        "diffx": sweep(test, fixed, goals, settings.batch_size),
+        "diffusers": sweep(test, {word: run for word, run in stock.items() if run}, goals, settings.batch_size),
     }  # fmt: skip
     return part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", nargs="*", default=["mixture-vp", "mixture-flow", "emoji"])
+    parser.add_argument("--calls", nargs="*", type=int, default=list(CALLS))
+    arguments = parser.parse_args()
+    (FOLDER / "parts").mkdir(parents=True, exist_ok=True)
+    for name, calls in product(arguments.problem, arguments.calls):
+        file = FOLDER / "parts" / f"{name}-{calls}.json"
+        if not file.exists():
+            write_atomically(file, lambda out: out.write(json.dumps(measure(name, calls), indent=1).encode()))  # noqa: B023
+        part = json.loads(file.read_text())
+        print(name, calls, "calibrated", part["calibrated"]["mean"], "diffx", part["diffx"][0], "diffusers", part["diffusers"][0], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,8 @@
 """Stage (a): the best of the solvers and grids that need no learning, written as a calibration."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,17 +22,19 @@ FLOW_GRIDS = ("", "shift=1", "shift=2", "shift=3", "shift=5", "use_karras_sigmas
 
 
 def candidates(config: Mapping[str, Any], calls: int, mu: float | None = None) -> dict[str, Calibration]:
-    """Sampler word -> its run of ``calls`` network calls on the model of ``config``; grids that the model cannot have are left out."""
+    """Sampler -> its run of ``calls`` network calls on the model of ``config``; grids that the model cannot have are left out.
+
+    Flow models have every grid twice: as their scheduler spaces it, down to the lowest train time, and from the sigmas
+    1 - i / N that their pipelines hand over, whose last interval is as wide as the others.
+    """
+    flow = is_flow(config)
+    given = {"": None, " from even sigmas": np.linspace(1, 1 / calls, calls).tolist()} if flow else {"": None}
     found = {}
-    for grid in FLOW_GRIDS if is_flow(config) else BETA_GRIDS:
-        for solver in SOLVERS:
-            word = word_of(solver, grid)
-            try:
-                scheduler = make_sampler(word, config)
-                assert isinstance(scheduler, TableScheduler)
-                found[word] = calibration_of(scheduler, calls, mu=mu)
-            except ValueError:  # a contradiction with the model's own grid words
-                continue
+    for grid, solver, (note, sigmas) in product(FLOW_GRIDS if flow else BETA_GRIDS, SOLVERS, given.items()):
+        with contextlib.suppress(ValueError):  # a contradiction with the model's own grid words
+            scheduler: Any = make_sampler(word_of(solver, grid), config)
+            scheduler.set_timesteps(None if sigmas else calls, sigmas=sigmas, mu=mu)
+            found[word_of(solver, grid) + note] = calibration_of(scheduler)
     return found
 
 
@@ -39,15 +43,14 @@ def word_of(solver: str, grid: str) -> str:
     return solver + (("," if ":" in solver else ":") + grid if grid else "")
 
 
-def calibration_of(scheduler: TableScheduler, num_inference_steps: int, *, mu: float | None = None) -> Calibration:
-    """The run of a deterministic scheduler as a calibration: weights of the sample and of x0 predictions alone.
+def calibration_of(scheduler: TableScheduler) -> Calibration:
+    """The run that a deterministic scheduler is set to, as a calibration: weights of the sample and of x0 predictions alone.
 
     Every table without noise can be written so, also one that keeps anchors or other directions in its history, and at VE scale.
 
     Raises:
         ValueError: the scheduler draws noise.
     """
-    scheduler.set_timesteps(num_inference_steps, mu=mu)
     table = scheduler._table(0)
     if any(row.noise for row in table.rows):
         raise ValueError(f"{type(scheduler).__name__} draws fresh noise; only deterministic samplers can be written as a calibration")
@@ -69,7 +72,7 @@ def x0_rows(table: Table) -> list[list[float]]:
     basis = np.eye(len(table.rows) + 1)  # the first sample, and the x0 prediction of each call
     x, anchor, history, rows = basis[0], None, [], []
     for k, row in enumerate(table.rows):
-        history = [basis[k + 1], *history]
+        history = [row.kept[0] * x + row.kept[1] * basis[k + 1], *history]
         start = x if anchor is None else anchor
         land = _sum(row.sample, start, history)
         keep = table.sigma[k + 1] / table.sigma[k]

@@ -1,9 +1,9 @@
 """Stage (c): Gauss-Newton on a whole table: where the calls lie, which time the network is told, what each prediction weighs.
 
-A run of N calls has about N (N + 3) / 2 free numbers, and thousands of residuals: a least-squares problem, for which Gauss-Newton needs
+A run of N calls has about 5 N free numbers, and thousands of residuals: a least-squares problem, for which Gauss-Newton needs
 a few steps where gradient descent needs hundreds. Derivatives are differences of runs. A number that acts from call c on needs only the
-calls from c on, and the last row none, so that a whole Jacobian costs about as much as N (N + 1) / 2 gradients would; no network
-is ever differentiated, so that memory does not grow and any network will do.
+calls from c on, and the last row none: a whole Jacobian costs about 2.5 N runs (N = 6: 44 calls a sample). No network is ever
+differentiated, so that memory does not grow with N and any network will do.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from .reference import recorded
 
 STEP = {torch.float32: 1e-3, torch.float64: 1e-4}  # of a difference; half precision rounds much more
 HALF_STEP = 3e-2
+LOOK_BACK = 3  # older predictions with weights of their own in a row; those beyond keep what the start gives them
 EASIER, HARDER, TRIALS = 0.2, 5.0, 6  # factors on the damping after a step that helped and one that did not; tries per iteration
 
 
@@ -42,6 +43,12 @@ class Knob:
     def acts_from(self) -> int:
         """The first network call that it changes; N is the end."""
         return self.k + (self.kind == "weight")
+
+
+def knobs_of(calls: int) -> list[Knob]:
+    """Every free number of a run of that many network calls."""
+    places = [Knob(kind, k) for kind in ("level", "time") for k in range(1, calls)]
+    return places + [Knob("weight", k, j) for k in range(1, calls) for j in range(1, min(k, LOOK_BACK) + 1)]
 
 
 class Knobs:
@@ -66,8 +73,7 @@ class Knobs:
         self.shares = np.zeros((calls, calls))
         for k, (_, *weights) in enumerate(start.rows):
             self.shares[k, : len(weights)] = np.array(weights) / (alpha[k + 1] - sigma[k + 1] / sigma[k] * alpha[k])
-        self.all = [Knob(kind, k) for kind in ("level", "time") for k in range(1, calls)]
-        self.all += [Knob("weight", k, j) for k in range(1, calls) for j in range(1, k + 1)]
+        self.all = knobs_of(calls)
 
     def run(self, values: np.ndarray) -> Calibration:
         """The run with these values, one for each of ``all``.
@@ -122,7 +128,8 @@ class Tail(TableScheduler, options=dict(timestep_spacing="trailing", clip_sample
         self._turn.run = Run(0, self._table(0), State(history=self._history))
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
-        return Table(alpha[begin:], sigma[begin:], tuple(Row(tuple(row)) for row in self._calibration.rows[self._begin + begin :]))
+        rows = tuple(Row(tuple(row)) for row in self._calibration.rows[self._begin :])
+        return Table(alpha, sigma, rows, known=len(self._history))
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ def normal_equations(
         passes: batches of sample numbers, and their runs at ``values``.
         goals: (samples, ...) where the samples should end.
     """
-    scale = root_mean_square(passes, goals)
+    scale = mean_distance(passes, goals)
     square, slope = np.zeros((len(values), len(values))), np.zeros(len(values))
     for samples, before in passes:
         step = STEP.get(before.end.dtype, HALF_STEP)
@@ -201,10 +208,14 @@ def pseudo_huber(residual: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return scale**2 * (root - 1), 1 / root
 
 
-def root_mean_square(passes: Sequence[tuple[Sequence[int], Pass]], goals: Tensor) -> float:
-    """RMS of all residuals."""
-    squares = torch.cat([(_flat(made.end) - _flat(goals[list(samples)])).square().mean(1) for samples, made in passes])
-    return math.sqrt(float(squares.mean())) + 1e-12
+def mean_distance(passes: Sequence[tuple[Sequence[int], Pass]], goals: Tensor) -> float:
+    """Mean over samples of the RMS distance of each one's end from its goal."""
+    return float(torch.cat([distances(made.end, goals[list(samples)]) for samples, made in passes]).mean()) + 1e-12
+
+
+def distances(end: Tensor, goal: Tensor) -> Tensor:
+    """(B,) float64 root mean square of ``end - goal`` over the entries of each sample."""
+    return (_flat(end) - _flat(goal)).square().mean(1).sqrt()
 
 
 def loss_of(passes: Sequence[tuple[Sequence[int], Pass]], goals: Tensor, scale: float) -> float:

@@ -17,7 +17,7 @@ from ..schedulers.calibrated import Calibrated, Calibration
 from ..schedulers.multistep import dpmpp
 from ..schedulers.table import Table
 from .fixed import candidates, written
-from .learn import EASIER, HARDER, TRIALS, Knobs, Runner, loss_of, normal_equations, root_mean_square
+from .learn import EASIER, HARDER, TRIALS, Knobs, Runner, distances, knobs_of, loss_of, mean_distance, normal_equations
 from .path import best_grid
 from .problem import Problem, key_of
 from .reference import References
@@ -76,7 +76,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage came to: its sampler, RMS on the samples it saw and on held-out ones, and what it took."""
+    """What one stage came to: its sampler, its mean distance to the references on the samples it saw and on held-out ones, its cost."""
 
     name: str
     sampler: str
@@ -89,7 +89,7 @@ class Stage:
 def cost_of(settings: Settings, num_candidates: int) -> Cost:
     """The network calls of a calibration that has none of its references yet."""
     s, n = settings, settings.num_inference_steps
-    jacobian = sum(n - knob_call for k in range(1, n) for knob_call in (k, k, *[k + 1] * k))  # calls after what each number changes
+    jacobian = sum(n - knob.acts_from for knob in knobs_of(n))
     return Cost(
         reference=(s.num_samples + s.num_held_out) * s.reference_steps,
         search=n * (num_candidates * FEW + FINALISTS * s.num_samples),
@@ -110,7 +110,7 @@ class Calibrator:
     mu: float | None = None
     progress: bool = True
     spent: int = 0
-    start: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
     def run(self) -> tuple[Calibration, list[Stage]]:
         """The calibration with the smallest held-out error, and all stages."""
@@ -140,7 +140,7 @@ class Calibrator:
         stages.append(Stage(name, sampler, error, held_out, self.spent - spent, round(time.monotonic() - start, 1)))
         return calibration
 
-    # --- the stages, each (a name, its calibration, its RMS on the samples to learn from) ---------------------------
+    # --- the stages, each (a name, its calibration, its error on the samples to learn from) -------------------------
 
     def _search(self, fixed: Mapping[str, Calibration]) -> tuple[str, Calibration, float]:
         few = min(FEW, self.settings.num_samples)
@@ -191,7 +191,7 @@ class Calibrator:
     def _step(self, state: "Progress", runner: Runner, knobs: Knobs, equations: tuple[np.ndarray, np.ndarray], passes: list) -> "Progress":
         """The state after one iteration: the first step, shorter and shorter, that lowers the loss; none does at an end of the descent."""
         (square, slope), goals, damping = equations, self._goals[0], state.damping
-        scale = root_mean_square(passes, goals)
+        scale = mean_distance(passes, goals)
         before = loss_of(passes, goals, scale)
         diagonal = np.diag(square) + 1e-6 * np.trace(square) / len(square)
         for _ in range(TRIALS):
@@ -210,22 +210,25 @@ class Calibrator:
         return replace(state, iteration=state.iteration + 1, damping=damping, stuck=True)
 
     def _out_of_time(self) -> bool:
-        return self.settings.time_budget is not None and time.monotonic() - self.start > self.settings.time_budget
+        return self.settings.time_budget is not None and time.monotonic() - self.started > self.settings.time_budget
 
     def _error(self, calibration: Calibration, *, held_out: bool = False, count: int | None = None) -> float:
-        """RMS of the run's ends against the references, over all entries; infinity where the run is not finite."""
+        """Mean over samples of the RMS distance between the run's end and the reference's; infinity where the run is not finite.
+
+        A mean of roots, since a few samples whose run ends in another mode of the data would outweigh all others in a mean of squares.
+        """
         problem, goals = (self.held_out, self._goals[1]) if held_out else (self.learned, self._goals[0])
         count = count or len(goals)
         scheduler = Calibrated.from_config(problem.config, calibration=calibration.to_dict())
-        square, steps = 0.0, calibration.num_inference_steps
+        found, steps = [], calibration.num_inference_steps
         for first in range(0, count, self.settings.batch_size):
             samples = range(first, min(first + self.settings.batch_size, count))
             with torch.no_grad():
-                end = problem.ends(scheduler, samples, steps).float().cpu()
+                end = problem.ends(scheduler, samples, steps)
             self._spend(len(samples) * steps)
-            square += float((end - goals[samples.start : samples.stop]).double().square().sum())
-        error = math.sqrt(square / goals[:count].numel()) if math.isfinite(square) else math.inf
-        return error
+            found.append(distances(end, goals[list(samples)]))
+        mean = float(torch.cat(found).mean())
+        return mean if math.isfinite(mean) else math.inf
 
     def _spend(self, calls: int) -> None:
         self.spent += calls
@@ -252,6 +255,9 @@ class Progress:
     def read(cls, file: Path, knobs: int) -> "Progress":
         """What ``write`` left; the beginning where there is nothing to read."""
         try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError):
-            return cls(0, [0.0] * knobs, 1e-2, [0.0] * knobs, math.inf)
+            found = cls(**json.loads(file.read_text()))
+            if len(found.values) == len(found.best) == knobs:
+                return found
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            pass
+        return cls(0, [0.0] * knobs, 1e-2, [0.0] * knobs, math.inf)

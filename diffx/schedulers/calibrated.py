@@ -35,7 +35,7 @@ class Calibration:
     model: str | None = None  # fingerprint of the network's config, see ``fingerprint``
     process: Mapping[str, Any] = field(default_factory=dict)  # how the model was noised, see ``SHARED``
     mu: float | None = None  # of flow models with dynamic shifting: the picture size it was learned at
-    errors: Mapping[str, float] = field(default_factory=dict)  # RMS to the reference on held-out noises and prompts
+    errors: Mapping[str, float] = field(default_factory=dict)  # mean RMS distance to the reference on held-out noises and prompts, by stage
     made_with: Mapping[str, Any] = field(default_factory=dict)  # reference, counts, seed
 
     @classmethod
