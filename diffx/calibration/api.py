@@ -1,6 +1,7 @@
 """``diffx.calibrate``: one call from a pipeline to a scheduler that knows it."""
 
 import difflib
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..schedulers.calibrated import SHARED, Calibrated, fingerprint
+from .fixed import candidates
 from .problem import PipelineProblem, Problem
-from .stages import Calibrator, Settings
+from .stages import Calibrator, Cost, Settings, cost_of
 
 LEAST_PROMPTS = 4
+NEEDED = ("prompt", "latents", "generator", "num_inference_steps", "guidance_scale", "output_type", "return_dict")
 
 
 def calibrate(
@@ -53,23 +56,30 @@ def calibrate(
 
 
 def calibrate_problems(
-    learned: Problem, held_out: Problem, settings: Settings, *, cache: str | Path | None = None, progress: bool = True, mu: float | None = None
+    learned: Problem, held_out: Problem, settings: Settings, *, cache: str | Path | None = None, progress: bool = True
 ) -> Calibrated:
     """``calibrate`` for anything that is a ``Problem``, for instance a bare network (``NetworkProblem``) in a loop of your own.
 
     Args:
         learned, held_out: the same model, with other conditions and another seed.
-        mu: what the run's ``set_timesteps`` gets, for flow models with dynamic shifting.
     """
-    made, stages = Calibrator(learned, held_out, settings, Path(cache) if cache else default_cache(), mu, progress).run()
+    calibrator = Calibrator(learned, held_out, settings, Path(cache) if cache else default_cache(), progress)
+    made, stages = calibrator.run()
     made = replace(
         made,
         process={key: learned.config[key] for key in SHARED if key in learned.config},
-        mu=mu,
+        mu=calibrator.mu,
         errors={stage.name: stage.held_out_error for stage in stages},
         made_with={**asdict(settings), "stages": [asdict(stage) for stage in stages]},
     )
     return Calibrated.from_config(learned.config, calibration=made.to_dict())
+
+
+def cost(pipe: Any, *, num_inference_steps: int, **settings: Any) -> Cost:
+    """What ``calibrate`` would spend with nothing in its cache, in network calls; nothing is run."""
+    wanted = make_settings(num_inference_steps=num_inference_steps, **settings)
+    mu = 1.0 if pipe.scheduler.config.get("use_dynamic_shifting") else None  # any: it does not change how many candidates there are
+    return cost_of(wanted, len(candidates(pipe.scheduler.config, num_inference_steps, mu)))
 
 
 def split_problem(
@@ -78,8 +88,11 @@ def split_problem(
     """The problem to learn from and the held-out one: every fourth prompt, and noises of another seed.
 
     Raises:
-        ValueError: fewer than 4 prompts, or equal ones, which could not be held out.
+        ValueError: fewer than 4 different prompts, or a pipeline that cannot be started from given latents.
     """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if missing := [name for name in NEEDED if name not in parameters]:
+        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(missing)}; a text-to-image pipeline that starts from latents is needed")
     if isinstance(prompts, str):
         raise ValueError("prompts is a list of strings, not one string")
     if len(set(prompts)) < LEAST_PROMPTS:

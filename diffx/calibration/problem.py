@@ -1,5 +1,6 @@
 """What is calibrated, seen as a map from a scheduler and numbered samples to the samples' ends: a pipeline, or a bare network."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedulers.calibrated import fingerprint, network_of
+from ..schedulers.one_step import DDIM
 
 
 class Problem(Protocol):
@@ -107,6 +109,24 @@ class NetworkProblem:
     def describe(self) -> dict[str, Any]:
         public = {key: value for key, value in self.config.items() if not key.startswith("_")}
         return {"network": self.name, "shape": list(self.shape), "seed": self.seed, "dtype": str(self.dtype), "scheduler": public}
+
+
+def mu_of(problem: Problem) -> float | None:
+    """What ``set_timesteps`` is told as mu in this problem's runs: the picture's size, for flow models with dynamic shifting."""
+    if not problem.config.get("use_dynamic_shifting"):
+        return None
+    scheduler: Any = DDIM.from_config(problem.config)
+    set_timesteps, told = scheduler.set_timesteps, {}
+
+    @functools.wraps(set_timesteps)  # pipelines look at its parameters
+    def listening(*args: Any, **kwargs: Any) -> None:
+        told.update(kwargs)
+        set_timesteps(*args, **kwargs)
+
+    scheduler.set_timesteps = listening
+    with torch.no_grad():
+        problem.ends(scheduler, [0], 1)
+    return told.get("mu")
 
 
 def noise_generator(seed: int, index: int) -> torch.Generator:

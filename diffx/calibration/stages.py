@@ -19,7 +19,7 @@ from ..schedulers.table import Table
 from .fixed import candidates, written
 from .learn import EASIER, HARDER, TRIALS, Knobs, Runner, distances, knobs_of, loss_of, mean_distance, normal_equations
 from .path import best_grid
-from .problem import Problem, key_of
+from .problem import Problem, key_of, mu_of
 from .reference import References
 
 PATH_CALLS, PATH_SAMPLES = 48, 16  # of the recorded runs that stage (b) cuts its grids from
@@ -107,10 +107,12 @@ class Calibrator:
     held_out: Problem
     settings: Settings
     cache: Path
-    mu: float | None = None
     progress: bool = True
     spent: int = 0
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.mu = mu_of(self.learned)
 
     def run(self) -> tuple[Calibration, list[Stage]]:
         """The calibration with the smallest held-out error, and all stages."""
@@ -148,6 +150,8 @@ class Calibrator:
         finalists = sorted(first, key=lambda name: first[name])[:FINALISTS]
         errors = {name: self._error(fixed[name]) for name in finalists}
         best = min(errors, key=lambda name: errors[name])
+        if not math.isfinite(errors[best]):
+            raise FloatingPointError(f"every known sampler gave NaN or infinity at {self.settings.num_inference_steps} calls; try float32")
         return best, fixed[best], errors[best]
 
     def _path(self, reference: References) -> tuple[str, Calibration, float]:

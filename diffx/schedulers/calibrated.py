@@ -28,7 +28,7 @@ class Calibration:
         ValueError: lengths or numbers that cannot be a run; the message names the entry.
     """
 
-    levels: Sequence[float]  # (N + 1,) sigma / (alpha + sigma), falling from at most 1 (pure noise) to 0 (clean)
+    levels: Sequence[float]  # (N + 1,) sigma / (alpha + sigma), falling from at most 1 (pure noise) to 0 (clean); Heun's repeat
     timesteps: Sequence[float]  # (N,) what the network is fed
     rows: Sequence[Sequence[float]]  # N rows: weights of the sample, the newest x0 prediction, older ones
     guidance_scale: float | None = None
@@ -53,10 +53,10 @@ class Calibration:
                 raise ValueError(f"calibration: {calls} rows need {length} {name}, got {len(getattr(self, name))}")
             if not np.all(np.isfinite(np.asarray(getattr(self, name), np.float64))):
                 raise ValueError(f"calibration: {name} must be finite numbers, got {list(getattr(self, name))}")
-        if calls < 1 or not (1 >= self.levels[0] and self.levels[-1] == 0 and np.all(np.diff(self.levels) < 0)):
-            raise ValueError(f"calibration: levels must fall strictly from at most 1 to 0, got {list(self.levels)}")
-        if np.any(np.diff(self.timesteps) >= 0):
-            raise ValueError(f"calibration: timesteps must fall strictly, got {list(self.timesteps)}")
+        if calls < 1 or not (1 >= self.levels[0] and self.levels[-1] == 0 and np.all(np.diff(self.levels) <= 0)):
+            raise ValueError(f"calibration: levels must fall from at most 1 to 0, got {list(self.levels)}")
+        if np.any(np.diff(self.timesteps) > 0):
+            raise ValueError(f"calibration: timesteps must not rise, got {list(self.timesteps)}")
         for k, row in enumerate(self.rows):
             if not 2 <= len(row) <= k + 2:
                 raise ValueError(f"calibration: row {k} has {len(row)} weights; it can weigh the sample and up to {k + 1} predictions")
