@@ -12,8 +12,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -47,7 +45,7 @@ DPM = [f"solver_order={order},solver_type={kind}" for order, kind in product((1,
 STOCK: dict[str, list[str]] = {
     "DDIMScheduler": [""], "EulerDiscreteScheduler": [""], "HeunDiscreteScheduler": [""], "KDPM2DiscreteScheduler": [""],
     "LMSDiscreteScheduler": [""], "PNDMScheduler": ["skip_prk_steps=true"],
-    "DPMSolverMultistepScheduler": DPM + [f"algorithm_type=dpmsolver,final_sigmas_type=sigma_min,solver_order={order}" for order in (1, 2, 3)],
+    "DPMSolverMultistepScheduler": DPM + [f"algorithm_type=dpmsolver,final_sigmas_type=sigma_min,solver_order={n}" for n in (1, 2, 3)],
     "DPMSolverSinglestepScheduler": [f"solver_order={order}" for order in (1, 2, 3)],
     "DEISMultistepScheduler": [f"solver_order={order}" for order in (1, 2, 3)],
     "UniPCMultistepScheduler": [f"solver_order={order},solver_type={kind}" for order, kind in product((1, 2, 3), ("bh1", "bh2"))],
@@ -115,7 +113,11 @@ def emoji() -> tuple[Problem, Problem, Problem]:
     from diffx.evaluation.emoji import all_prompts, parse_prompt
     from diffx.loading import load_pipeline
 
-    shown = [prompt for prompt in all_prompts() if not (pair := parse_prompt(prompt))[0] in glyphs.held_out() and not glyphs.is_held_out_pair(*pair)]
+    shown = []
+    for prompt in all_prompts():
+        glyph, background = parse_prompt(prompt)
+        if glyph not in glyphs.held_out() and not glyphs.is_held_out_pair(glyph, background):
+            shown.append(prompt)
     prompts = [shown[i] for i in np.random.default_rng(0).permutation(len(shown))[:256]]
     pipe = load_pipeline(device="cpu")
     parts = prompts[:96], prompts[96:128], prompts[128:]
@@ -127,7 +129,7 @@ def settings_for(problem: str, calls: int) -> tuple[Settings, int]:
     """How much a calibration may spend, and the number of test samples."""
     shared = dict(num_inference_steps=calls, reference=REFERENCE)
     if problem == "emoji":
-        return Settings(num_samples=144, num_held_out=64, reference_steps=100, iterations=8, **shared), 128
+        return Settings(num_samples=96, num_held_out=48, reference_steps=100, iterations=6, **shared), 128
     return Settings(num_samples=2048, num_held_out=2048, batch_size=2048, reference_steps=200, iterations=40, **shared), 4096
 
 
@@ -174,7 +176,8 @@ def measure(name: str, calls: int) -> dict:
     rms, mean = errors(test, calibrated, calls, goals, settings.batch_size)
     stock = {word: steps_for(word, test.config, calls) for word in stock_configurations(is_flow(test.config))}
     fixed = {
-        word: (Calibrated.from_config(test.config, calibration=made.to_dict()), calls) for word, made in candidates(test.config, calls).items()
+        word: (Calibrated.from_config(test.config, calibration=made.to_dict()), calls)
+        for word, made in candidates(test.config, calls).items()
     }
     part = {
         "problem": name, "calls": calls, "test_samples": count, "floor": {"rms": floor[0], "mean": floor[1]},
@@ -197,7 +200,9 @@ def main() -> None:
         if not file.exists():
             write_atomically(file, lambda out: out.write(json.dumps(measure(name, calls), indent=1).encode()))  # noqa: B023
         part = json.loads(file.read_text())
-        print(name, calls, "calibrated", part["calibrated"]["mean"], "diffx", part["diffx"][0], "diffusers", part["diffusers"][0], flush=True)
+        print(
+            name, calls, "calibrated", part["calibrated"]["mean"], "diffx", part["diffx"][0], "diffusers", part["diffusers"][0], flush=True
+        )
 
 
 if __name__ == "__main__":

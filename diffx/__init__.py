@@ -28,7 +28,10 @@ _PUBLIC = {
     "UniPC": "diffx.schedulers",
     "calibrate": "diffx.calibration",
 }
-__all__ = [*_PUBLIC]
+__all__ = [
+    "DDIM", "DDPM", "LCM", "Calibrated", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC",
+    "calibrate",
+]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
 setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute

@@ -92,13 +92,13 @@ def split_problem(
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     if missing := [name for name in NEEDED if name not in parameters]:
-        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(missing)}; a text-to-image pipeline that starts from latents is needed")
+        raise ValueError(
+            f"{type(pipe).__name__} takes no {', '.join(missing)}; a text-to-image pipeline that starts from latents is needed"
+        )
     if isinstance(prompts, str):
         raise ValueError("prompts is a list of strings, not one string")
     if len(set(prompts)) < LEAST_PROMPTS:
-        raise ValueError(
-            f"{len(set(prompts))} different prompts are too few: at least {LEAST_PROMPTS} are needed, one of which is held out; more is better"
-        )
+        raise ValueError(f"{len(set(prompts))} different prompts are too few: at least {LEAST_PROMPTS} are needed, one of them held out")
     prompts = list(dict.fromkeys(prompts))
     shown = [prompt for i, prompt in enumerate(prompts) if i % LEAST_PROMPTS != LEAST_PROMPTS - 1]
     hidden = prompts[LEAST_PROMPTS - 1 :: LEAST_PROMPTS]

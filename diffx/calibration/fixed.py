@@ -18,7 +18,16 @@ BETA_GRIDS = (
     "timestep_spacing=trailing", "timestep_spacing=linspace", "timestep_spacing=leading", "spacing=quadratic", "spacing=ays_sd",
     "use_karras_sigmas=true", "use_exponential_sigmas=true", "use_beta_sigmas=true",
 )  # fmt: skip
-FLOW_GRIDS = ("", "shift=1", "shift=2", "shift=3", "shift=5", "use_karras_sigmas=true", "use_exponential_sigmas=true", "use_beta_sigmas=true")
+FLOW_GRIDS = (
+    "",
+    "shift=1",
+    "shift=2",
+    "shift=3",
+    "shift=5",
+    "use_karras_sigmas=true",
+    "use_exponential_sigmas=true",
+    "use_beta_sigmas=true",
+)
 
 
 def candidates(config: Mapping[str, Any], calls: int, mu: float | None = None) -> dict[str, Calibration]:

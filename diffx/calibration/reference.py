@@ -1,7 +1,7 @@
 """Where many-step runs end, computed once: batches in a folder that is named by everything they depend on."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any

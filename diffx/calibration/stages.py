@@ -94,8 +94,8 @@ def cost_of(settings: Settings, num_candidates: int) -> Cost:
         reference=(s.num_samples + s.num_held_out) * s.reference_steps,
         search=n * (num_candidates * FEW + FINALISTS * s.num_samples),
         path=PATH_SAMPLES * min(PATH_CALLS, s.reference_steps) + (n > 1) * n * len(POWERS) * s.num_samples,
-        learn=s.num_samples * s.iterations * (2 * n + jacobian),
-        held_out=n * s.num_held_out * (3 + s.iterations),
+        learn=s.num_samples * (s.iterations * (2 * n + jacobian) + n * bool(s.iterations)),
+        held_out=n * s.num_held_out * (2 + s.iterations + bool(s.iterations)),
     )
 
 
@@ -172,7 +172,9 @@ class Calibrator:
         """DPM-Solver++ 2M on some of the calls of the scheduler's own run, from its first to its end."""
         alpha, sigma = (np.append(level[places], level[-1]) for level in scheduler._levels)
         orders = [1, *[2] * (len(places) - 2), 1][: len(places)]
-        return written(Table(alpha, sigma, tuple(dpmpp(alpha, sigma, orders))), scheduler.timesteps[places].tolist(), scheduler._process.frame)
+        return written(
+            Table(alpha, sigma, tuple(dpmpp(alpha, sigma, orders))), scheduler.timesteps[places].tolist(), scheduler._process.frame
+        )
 
     def _learn(self, start: Calibration, folder: Path) -> tuple[str, Calibration, float]:
         """Damped Gauss-Newton from ``start`` (Levenberg and Marquardt); of its states, the one with the smallest held-out error."""

@@ -71,7 +71,9 @@ class Calibration:
         return {key: value for key, value in asdict(self).items() if value not in (None, {})}
 
 
-class Calibrated(TableScheduler, options=dict(timestep_spacing="trailing", clip_sample=False, clip_sample_range=1.0), own=dict(calibration=None)):
+class Calibrated(
+    TableScheduler, options=dict(timestep_spacing="trailing", clip_sample=False, clip_sample_range=1.0), own=dict(calibration=None)
+):
     """A learned table, for the model, the number of calls and the guidance scale that ``diffx.calibrate`` made it for.
 
     Another number of steps warns and runs DPM-Solver++ 2M on the learned grid, stretched. A run from the middle (image to image)
@@ -108,6 +110,11 @@ class Calibrated(TableScheduler, options=dict(timestep_spacing="trailing", clip_
         if made.model is not None and made.model != model:
             found.append(f"calibrated for the network {made.model}, used with {model}")
         return found
+
+    def warn_of_misfits(self, pipe: Any, guidance_scale: float) -> None:
+        """A warning for each of ``misfits``: for callers that know what the scheduler cannot see."""
+        for text in self.misfits(pipe, guidance_scale=guidance_scale):
+            warn(f"{text}; a calibrated table is made for one model and guidance")
 
     def _make_grid(self, num_inference_steps=None, timesteps=None, sigmas=None, mu=None) -> Grid:
         made, flow = self._calibration, self._process.frame == "flow"
@@ -167,4 +174,6 @@ def fingerprint(pipe: Any) -> str:
     """The class of a pipeline's network and a hash of its config: the same for every checkpoint of one architecture."""
     network = network_of(pipe)
     public = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
-    return f"{type(network).__name__}-{hashlib.blake2b(json.dumps(public, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()}"
+    return (
+        f"{type(network).__name__}-{hashlib.blake2b(json.dumps(public, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()}"
+    )
