@@ -88,7 +88,7 @@ class References:
 
 def is_stochastic(scheduler: TableScheduler, num_inference_steps: int) -> bool:
     """Whether a run of that many steps adds noise anywhere."""
-    scheduler.set_timesteps(num_inference_steps, **({"mu": 0.5} if scheduler.config.use_dynamic_shifting else {}))
+    scheduler.set_timesteps(num_inference_steps, mu=0.5 if scheduler.config.use_dynamic_shifting else None)  # any shift has the noise
     return any(call.noise for call in scheduler.plan().calls)
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,7 @@ def calibrate(
     from diffx.loading import load_pipeline, read_prompts
 
     wanted = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())] or list(PROMPTS)
-    settings = dict(
+    settings: dict[str, Any] = dict(
         num_samples=num_samples, num_held_out=num_held_out, reference_steps=reference_steps, iterations=iterations,
         time_budget=time_budget, seed=seed,
     )  # fmt: skip

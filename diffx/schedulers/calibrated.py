@@ -172,8 +172,8 @@ def network_of(pipe: Any) -> torch.nn.Module:
 
 def fingerprint(pipe: Any) -> str:
     """The class of a pipeline's network and a hash of its config: the same for every checkpoint of one architecture."""
-    network = network_of(pipe)
-    public = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
+    network: Any = network_of(pipe)
+    public = {key: value for key, value in network.config.items() if not key.startswith("_")}
     return (
         f"{type(network).__name__}-{hashlib.blake2b(json.dumps(public, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()}"
     )
