@@ -31,6 +31,7 @@ def call_inputs(pipe: DiffusionPipeline, batch_size: int = 1, seed: int = 0) -> 
         "mask_image": left_half,
         "strength": 0.75,
         "use_resolution_binning": False,  # PixArt knows no picture as small as ours
+        "clean_caption": False,  # its default needs another package
     }
     if isinstance(pipe, AudioLDM2Pipeline):
         del known["prompt"]
@@ -45,9 +46,10 @@ def sample_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
     return {name: value[i : i + 1] if isinstance(value, list | Tensor) else value for name, value in inputs.items()}
 
 
-def end_of(pipe: DiffusionPipeline, **call: Any) -> Tensor:
-    """(B, ...) what the call ends with: latents, not decoded; of DiT, which always decodes, the picture."""
-    made = pipe(**call, output_type="pt" if isinstance(pipe, DiTPipeline) else "latent")  # type: ignore[operator]  # the base class has no __call__
+def end_of(pipe: DiffusionPipeline, *, decoded: bool = False, **call: Any) -> Tensor:
+    """(B, ...) what the call ends with: latents, or what they are decoded to; of DiT, which always decodes, the picture."""
+    output_type = "pt" if decoded or isinstance(pipe, DiTPipeline) else "latent"
+    made = pipe(**call, output_type=output_type)  # type: ignore[operator]  # the base class has no __call__
     return next(made[kind] for kind in ("images", "frames", "audios") if kind in made)
 
 

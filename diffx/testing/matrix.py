@@ -50,6 +50,11 @@ class Solver:
         return None if cls is None else cls.from_config(config, **options)
 
 
+_SCALED = r"step\(\) was given what scale_model_input\(\) returned"
+_UNITS = r"sums with sigmas of samples x0 \+ sigma noise"
+_DISTILLED = "takes no original_inference_steps"
+
+
 def _from_pipe(cls: type, source: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
     return lambda: quiet(cls.from_pipe(source()))  # type: ignore[attr-defined]  # pipelines have it
 
@@ -67,11 +72,19 @@ CASES = (
     Case("FluxPipeline", tiny.tiny_flux),
     Case("FluxImg2ImgPipeline", _from_pipe(diffusers.FluxImg2ImgPipeline, tiny.tiny_flux)),
     Case("PixArtAlphaPipeline", tiny.tiny_pixart),
-    Case("DiTPipeline", tiny.tiny_dit),
-    Case("LatentConsistencyModelPipeline", tiny.tiny_latent_consistency),
+    Case("DiTPipeline", tiny.tiny_dit, dict.fromkeys((Euler, EulerAncestral, Heun), _SCALED)),
+    Case(
+        "LatentConsistencyModelPipeline",
+        tiny.tiny_latent_consistency,
+        dict.fromkeys((DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC), _DISTILLED),
+    ),
     Case("AudioLDM2Pipeline", tiny.tiny_audioldm2),
-    Case("StableVideoDiffusionPipeline", tiny.tiny_svd),
-    Case("StableDiffusionLatentUpscalePipeline", tiny.tiny_latent_upscale),
+    Case("StableVideoDiffusionPipeline", tiny.tiny_svd, {LCM: "use_karras_sigmas=True does not fit LCM"}),
+    Case(
+        "StableDiffusionLatentUpscalePipeline",
+        tiny.tiny_latent_upscale,
+        dict.fromkeys((DDIM, DDPM, DPMSolver, UniPC, LCM), _UNITS),
+    ),
 )
 
 _DPM, _UNIPC = diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler
@@ -107,7 +120,7 @@ class Observation:
     batch_difference: float  # of the batch and the samples alone, relative to the largest entry
 
 
-def observe(pipe: DiffusionPipeline, scheduler: Any, num_inference_steps: int = 4) -> Observation:
+def observe(pipe: DiffusionPipeline, scheduler: Any, num_inference_steps: int = 6) -> Observation:
     """What happens with that scheduler; whatever it or the pipeline raises is the caller's."""
     pipe.scheduler = scheduler  # type: ignore[attr-defined]  # every pipeline here has one
     inputs = call_inputs(pipe, batch_size=3)

@@ -261,6 +261,10 @@ def tiny_latent_upscale(seed: int = 0) -> StableDiffusionLatentUpscalePipeline:
         ).eval()
         vae = parts.vae(latent_channels=4)
     components: dict[str, Any] = dict(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=EulerDiscreteScheduler(**BETAS, prediction_type="sample")
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
     )
     return parts.quiet(StableDiffusionLatentUpscalePipeline(**components))
