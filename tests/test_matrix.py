@@ -105,15 +105,16 @@ def observed_stock(name: str) -> Observation:
 
 @pytest.mark.parametrize(("case", "solver"), [*contract()])
 def test_the_same_seed_gives_the_same_bits_and_a_batch_its_samples(case, solver):
-    """A network rounds otherwise in another batch; how much of that arrives depends on the weights of the steps.
+    """A network rounds otherwise in another batch, and a solver passes that on with its own weights.
 
-    Beside it stands the pipeline's own Diffusers scheduler, which is one-step or mild: Heun and UniPC, which subtract
-    predictions from each other, reach up to four times its difference. Noise that depended on the batch would differ by 1.
+    So the bound is five times the difference of the pipeline's own Diffusers scheduler in the same place, most of which are of
+    order 1 (measured: up to 4.7 times, see benchmarks/results/pipeline_matrix.md), and where that is next to nothing, five times
+    four roundings of float32. Noise that depended on the batch would differ by 1.
     """
     pipe, stock = pipeline(case.name)
     seen = observe(pipe, solver.make(stock.config), STEPS)
     assert seen.finite and seen.repeats and seen.seeded
-    assert seen.batch_difference <= 5 * observed_stock(case.name).batch_difference
+    assert seen.batch_difference <= 5 * max(observed_stock(case.name).batch_difference, 4 * torch.finfo(torch.float32).eps)
 
 
 MODELS = {

@@ -49,7 +49,7 @@ def sample_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
 def end_of(pipe: DiffusionPipeline, *, decoded: bool = False, **call: Any) -> Tensor:
     """(B, ...) what the call ends with: latents, or what they are decoded to; of DiT, which always decodes, the picture."""
     output_type = "pt" if decoded or isinstance(pipe, DiTPipeline) else "latent"
-    made = pipe(**call, output_type=output_type)  # type: ignore[operator]  # the base class has no __call__
+    made: Any = pipe(**call, output_type=output_type)  # type: ignore[operator]  # the base class has no __call__
     return next(made[kind] for kind in ("images", "frames", "audios") if kind in made)
 
 

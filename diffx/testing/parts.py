@@ -22,17 +22,20 @@ MAX_TOKENS = 8
 
 @contextmanager
 def weights_from(seed: int) -> Iterator[None]:
+    """Random weights made inside depend on ``seed`` alone, and leave the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def quiet(pipe):
+    """The pipeline without progress bars."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def unet(**more) -> UNet2DConditionModel:
+    """The network of Stable Diffusion, two levels deep."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 2, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -40,10 +43,11 @@ def unet(**more) -> UNet2DConditionModel:
     ).eval()  # fmt: skip
 
 
-def vae(latent_channels: int) -> AutoencoderKL:
+def vae(latent_channels: int, **more: Any) -> AutoencoderKL:
+    """A VAE that halves the picture's size."""
     config: dict[str, Any] = dict(
         sample_size=IMAGE_SIZE, latent_channels=latent_channels, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0, **more,
     )  # fmt: skip
     return AutoencoderKL(**config).eval()
 
@@ -56,6 +60,7 @@ def byte_tokenizer() -> CLIPTokenizer:
 
 
 def clip(cls, tokenizer: CLIPTokenizer):
+    """A CLIP text encoder of that class."""
     special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,

@@ -5,7 +5,6 @@ from typing import Any
 from diffusers import (
     AudioLDM2Pipeline,
     AudioLDM2UNet2DConditionModel,
-    AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     ControlNetModel,
     DDIMScheduler,
@@ -195,9 +194,8 @@ def tiny_svd(seed: int = 0) -> StableVideoDiffusionPipeline:
             up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), num_attention_heads=2, cross_attention_dim=WIDTH,
             addition_time_embed_dim=size_width, projection_class_embeddings_input_dim=3 * size_width, num_frames=frames,
         ).eval()  # fmt: skip
-        vae = AutoencoderKLTemporalDecoder(
-            sample_size=IMAGE_SIZE, latent_channels=4, block_out_channels=(channels,) * 2, down_block_types=("DownEncoderBlock2D",) * 2
-        ).eval()
+        two: dict[str, Any] = dict(block_out_channels=(channels,) * 2, down_block_types=("DownEncoderBlock2D",) * 2)
+        vae = AutoencoderKLTemporalDecoder(sample_size=IMAGE_SIZE, latent_channels=4, **two).eval()
     scheduler = EulerDiscreteScheduler(
         **BETAS, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
         timestep_spacing="leading", steps_offset=1,
@@ -213,21 +211,20 @@ def tiny_audioldm2(seed: int = 0) -> AudioLDM2Pipeline:
     """An AudioLDM2 pipeline without what turns prompts into embeddings, which it is called with: epsilon, DDIM.
 
     The two language models are there, since the pipeline asks them for their dtype, and a vocoder, since it asks it for sizes.
+    ``from_pretrained`` wants to be told what is absent: text_encoder=None, tokenizer=None, projection_model=None, feature_extractor=None.
     """
-    groups: dict[str, Any] = dict(norm_num_groups=4)
+    two: dict[str, Any] = dict(
+        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=(WIDTH,) * 2,
+    )  # fmt: skip
     with parts.weights_from(seed):
         tokenizer_2, text_encoder_2 = parts.t5(width=WIDTH)
-        vocabulary = dict(vocab_size=8, bos_token_id=0, eos_token_id=0)
-        language_model = GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=1, n_head=2, n_positions=16, **vocabulary)).eval()
+        words: dict[str, Any] = dict(vocab_size=8, bos_token_id=0, eos_token_id=0)
+        language_model = GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=1, n_head=2, n_positions=16, **words)).eval()
         unet = AudioLDM2UNet2DConditionModel(
-            sample_size=LATENT_SIZE, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=(WIDTH, WIDTH), attention_head_dim=8, **groups,
-        ).eval()  # fmt: skip
-        vae = AutoencoderKL(
-            in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(8, 8), sample_size=IMAGE_SIZE, **groups,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        ).eval()  # fmt: skip
+            sample_size=LATENT_SIZE, in_channels=4, out_channels=4, layers_per_block=1, attention_head_dim=8, norm_num_groups=4, **two
+        ).eval()
+        vae = parts.vae(latent_channels=4, in_channels=1, out_channels=1)
         vocoder = SpeechT5HifiGan(
             SpeechT5HifiGanConfig(
                 model_in_dim=IMAGE_SIZE, upsample_initial_channel=8, upsample_rates=[2], upsample_kernel_sizes=[4],
