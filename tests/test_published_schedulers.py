@@ -189,8 +189,10 @@ def test_the_rows_are_the_papers_sampler(component, gamma):
 
 def test_gamma_one_is_ddim_and_only_sensible_ones_are_taken(component):
     alpha, sigma = levels(6)
-    for row, plain in zip(component.gradient_estimation(alpha, sigma, 1.0), ddim(alpha, sigma), strict=True):
-        assert row.sample[:2] == pytest.approx(plain.sample, rel=1e-12) and not any(row.sample[2:])
+    x = torch.tensor([1.3, -0.4], dtype=torch.float64)
+    ends = [by_table(rows, alpha, sigma, x, lambda x, a, s: torch.sin(3 * x)) for rows in
+            (component.gradient_estimation(alpha, sigma, 1.0), ddim(alpha, sigma))]  # fmt: skip
+    assert torch.allclose(*ends, rtol=0, atol=1e-12)  # DDIM written with eps instead of x0: float64 rounding
     with pytest.raises(ValueError, match=r"gamma=0.9 must lie between 1 \(DDIM\) and 3"):
         component.gradient_estimation(alpha, sigma, 0.9)
     with pytest.raises(ValueError, match=r"gamma=3.5 must lie between"):
@@ -207,6 +209,24 @@ def test_gradient_estimation_has_order_one(component):
         errors.append((end - data.flow(x, (alpha[0], sigma[0]), (alpha[-1], sigma[-1]))).abs().max().item())
     slope = -np.polyfit(np.log(LAM_STEPS), np.log(errors), 1)[0]
     assert slope == pytest.approx(1, abs=0.2)  # as in test_orders
+
+
+def test_gradient_estimation_begins_at_pure_noise(component):
+    """alpha = 0: x holds nothing of x0, and eps is x itself."""
+    alpha, sigma = np.array([0.0, 0.3, 0.6, 1.0]), np.array([1.0, 0.7, 0.4, 0.0])
+    x = torch.tensor([1.3, -0.4], dtype=torch.float64)
+
+    def network(x, alpha, sigma):
+        return torch.sin(3 * x)
+
+    eps, end = x, 0.7 * x + 0.3 * network(x, 0, 1)  # the first step in x0; then as the paper has it
+    for a0, s0, a1, s1 in zip(alpha[1:], sigma[1:], alpha[2:], sigma[2:]):
+        new = (end - a0 * network(end, a0, s0)) / s0
+        end, eps = a1 / a0 * (end - s0 * (2 * new - eps)) + s1 * (2 * new - eps), new
+    ours = by_table(component.gradient_estimation(alpha, sigma, 2.0), alpha, sigma, x, network)
+    assert torch.allclose(ours, end, rtol=0, atol=1e-12)  # float64 rounding
+    single = by_table(component.gradient_estimation(alpha[-2:], sigma[-2:], 2.0), alpha[-2:], sigma[-2:], x, network)
+    assert torch.equal(single, network(x, 0, 1))  # one call, to sigma 0: its x0
 
 
 def test_gradient_estimation_loads_by_folder_and_in_every_frame_of_process(component, embedded):

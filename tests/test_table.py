@@ -6,7 +6,9 @@ import torch
 
 from diffx import Row, Table
 from diffx.schedulers import State, advance
+from diffx.schedulers.grid import Grid
 from diffx.schedulers.multistep import psi
+from diffx.schedulers.plan import make_plan
 from diffx.schedulers.table import combine
 
 
@@ -41,6 +43,53 @@ def test_noise_enters_with_its_weight():
     table = Table(np.ones(2), np.array([2.0, 1.0]), (Row((0.0, 1.0), noise=1.0),))
     sample, _ = advance(table, State(), torch.tensor([9.0]), torch.tensor([3.0]), lambda: torch.tensor([0.25]))
     assert sample.item() == 3.25
+
+
+def test_a_row_weighs_the_direction_that_a_call_kept():
+    """By hand: two calls keep (x - x0) / sigma, the third its own sample."""
+    rows = (
+        Row((1.0, -1.0), kept=(1 / 4, -1 / 4)),  # sigma 4 to 3
+        Row((1.0, -2.0, 1.0), kept=(1 / 3, -1 / 3)),  # 3 to 2
+        Row((0.0, 1.0, 1.0, -2.0), kept=(1.0, 0.0)),  # 2 to 1
+    )
+    table, state, x = Table(np.ones(4), np.array([4.0, 3.0, 2.0, 1.0]), rows), State(), torch.tensor([8.0])
+    for predicted, expected in ((4.0, 8 - 1), (1.0, 7 - 2 * 2 + 1), (9.0, 4 + 2 - 2 * 1)):
+        x, state = advance(table, state, x, torch.tensor([predicted]), never)
+        assert x.item() == pytest.approx(expected, rel=1e-6)  # thirds in float32
+
+
+def test_a_kept_sample_outlives_an_edit_in_place():
+    table = Table(np.array([1.0, 0.5, 1.0]), np.array([2.0, 1.0, 2.0]), (Row((0.5,), kept=(1.0, 0.0)), Row((0.0, 0.0, 1.0))))
+    x, m = torch.tensor([8.0]), torch.tensor([1.0])
+    sample, state = advance(table, State(), x, m, never)
+    x.fill_(100.0)
+    assert advance(table, state, sample, m, never)[0].item() == 8
+
+
+def test_the_invariant_follows_noise_through_what_was_kept():
+    """Call 1 keeps its sample with the noise drawn before; the last row takes half of it away, which variances alone cannot tell."""
+    levels = np.ones(4), np.array([2.0, 2.0, 1.0, 0.5])
+    first = Row((0.0, 1.0), noise=2.0), Row((0.5, 0.0, 0.5), kept=(1.0, 0.0))
+    Table(*levels, (*first, Row((1.5, 0.0, -0.5))))
+    with pytest.raises(ValueError, match=r"row 2 lands on alpha=1, sigma\^2=2.25"):
+        Table(*levels, (*first, Row((0.5, 0.0, 0.5))))
+
+
+@pytest.mark.parametrize("kept", [(float("nan"), 1.0), (0.0, float("inf")), (1.0,), (0.0, 1.0, 0.0), (0.0, 0.0)])
+def test_what_cannot_be_kept(kept):
+    levels = np.ones(2), np.array([2.0, 1.0])
+    Table(*levels, (Row((1.0, -0.5), kept=(1.0, -1.0)),))
+    with pytest.raises(ValueError, match=r"row 0 keeps .*; kept is two finite numbers, not both 0: weights of the sample and of its x0"):
+        Table(*levels, (Row((0.5, 0.5), kept=kept),))
+
+
+def test_a_plan_tells_what_is_kept_where_it_is_not_x0():
+    grid = Grid(np.array([2.0, 1.0]), np.array([4.0, 2.0, 1.0]))
+    rows = Row((0.5, 0.5)), Row((1.0, -1.0), kept=(0.5, -0.5))
+    plan = make_plan("Mine", grid, Table(np.ones(3), grid.sigmas, rows), 0)
+    assert "stands" not in str(plan).splitlines()[2]
+    assert str(plan).splitlines()[3].endswith("where x0 stands for +0.50000 sample -0.50000 x0")
+    assert [call["kept"] for call in plan.to_dict()["calls"]] == [(0, 1), (0.5, -0.5)]
 
 
 def test_past_the_last_row():

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from .grid import Grid
-from .table import Table
+from .table import KEEP_X0, Table
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,11 @@ class Call:
     t: float  # the time the network is fed
     sigma: float  # grid value: edm_sigma (sigma / alpha), or the flow sigma
     lam: float  # half-log-SNR, log(alpha / sigma)
-    predictions: int  # x0 predictions that the next sample weighs
-    sample: tuple[float, ...]  # weights of (anchor, newest x0, older x0 ...) in the next sample
+    predictions: int  # calls, this one among them, whose predictions the next sample weighs
+    sample: tuple[float, ...]  # weights of (anchor, what was kept of this call, of older calls ...) in the next sample
     anchor: tuple[float, ...] | None  # the same for an anchor of its own, where one is kept
     noise: float  # standard deviation of the fresh noise
+    kept: tuple[float, float]  # weights of (sample, x0) in what is kept of this call; (0, 1) is its x0
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Plan:
     def __str__(self) -> str:
         head = f"{'k':>3} {'t':>9} {'sigma':>10} {'lambda':>8} {'noise':>8}  next sample = anchor, newest x0, older x0 ..."
         lines = [
-            f"{c.k:>3} {c.t:>9.3f} {c.sigma:>10.5f} {c.lam:>8.3f} {c.noise:>8.4f}  " + "  ".join(f"{w:+.5f}" for w in c.sample)
+            f"{c.k:>3} {c.t:>9.3f} {c.sigma:>10.5f} {c.lam:>8.3f} {c.noise:>8.4f}  "
+            + "  ".join(f"{w:+.5f}" for w in c.sample)
+            + ("" if c.kept == KEEP_X0 else "  where x0 stands for {:+.5f} sample {:+.5f} x0".format(*c.kept))
             for c in self.calls
         ]
         return "\n".join([f"{self.scheduler}: {len(self)} network calls", head, *lines])
@@ -60,6 +63,7 @@ def make_plan(name: str, grid: Grid, table: Table, begin: int) -> Plan:
             sample=tuple(float(w) for w in row.sample),
             anchor=None if row.anchor is None else tuple(float(w) for w in row.anchor),
             noise=float(row.noise),
+            kept=(float(row.kept[0]), float(row.kept[1])),
         )
         for i, row in enumerate(table.rows)
     ]

@@ -4,6 +4,7 @@ All coefficients are float64 numbers on the host, made before the run from (alph
 there is.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+KEEP_X0 = (0.0, 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """What follows one network call: the next sample as a weighted sum of what is already known.
 
-    Column 0 weighs the anchor (the solution so far), column k the k-th newest x0 prediction. With ``anchor=None`` the next
+    Column 0 weighs the anchor (the solution so far), column k what the k-th newest call kept, which is its x0 prediction, or
+    with ``kept`` any direction seen from its own sample (the noise, a derivative). With ``anchor=None`` the next
     anchor is the sample that is handed to the next call, so that edits in between count. A row with anchor weights of its own
     keeps that sum beyond the next call instead (Heun's interval); weights equal to ``sample`` keep the sample as it was
     returned, unedited (UniPC).
@@ -26,6 +30,7 @@ class Row:
     sample: tuple[float, ...]
     anchor: tuple[float, ...] | None = None
     noise: float = 0.0  # standard deviation of the fresh noise added to both
+    kept: tuple[float, float] = KEEP_X0  # weights of (the sample called on, its x0 prediction) in what this call keeps
 
 
 @dataclass(frozen=True)
@@ -48,30 +53,42 @@ class Table:
         calls = len(self.rows)
         if calls < 1 or len(self.alpha) != calls + 1 or len(self.sigma) != calls + 1:
             raise ValueError(f"{calls} rows need {calls + 1} noise levels; got {len(self.alpha)} alphas and {len(self.sigma)} sigmas")
-        mean, var = self.alpha[0], self.sigma[0] ** 2  # the anchor is mean * x0 + sqrt(var) * eps
+        # On data that is one point everything is a vector over (that point, the first noise, each draw).
+        x0, first, *draws = np.eye(2 + sum(row.noise != 0 for row in self.rows))
+        anchor = x = self.alpha[0] * x0 + self.sigma[0] * first
+        history: list[np.ndarray] = []
         for k, row in enumerate(self.rows):
-            landed = _marginal(row.sample, mean, var, row.noise)
-            want = self.alpha[k + 1], self.sigma[k + 1] ** 2
+            if row.kept != KEEP_X0 and not (len(row.kept) == 2 and any(row.kept) and all(map(math.isfinite, row.kept))):
+                raise ValueError(f"row {k} keeps {row.kept}; kept is two finite numbers, not both 0: weights of the sample and of its x0")
+            history = [x0 if row.kept == KEEP_X0 else row.kept[0] * x + row.kept[1] * x0, *history[: self.num_columns - 2]]
+            x = _weighed(row.sample, anchor, history)
+            anchor = x if row.anchor is None else _weighed(row.anchor, anchor, history)
+            if row.noise:
+                draw = row.noise * draws.pop()
+                x, anchor = x + draw, anchor + draw
+            landed, want = (float(x[0]), float(x[1:] @ x[1:])), (float(self.alpha[k + 1]), float(self.sigma[k + 1]) ** 2)
             # "not (... <= ...)" so that a NaN coefficient is refused too; VE variances reach 5e5, so the bound is relative there.
             if not all(abs(a - b) <= self.excess * max(1.0, b) for a, b in zip(landed, want, strict=True)):
                 raise ValueError(
                     f"row {k} lands on alpha={landed[0]:.9g}, sigma^2={landed[1]:.9g}; its grid says {want[0]:.9g}, {want[1]:.9g}"
                 )
-            mean, var = landed if row.anchor is None else _marginal(row.anchor, mean, var, row.noise)
 
     @cached_property
     def num_columns(self) -> int:
-        """Width of the widest row: the anchor and as many x0 predictions as any row looks at."""
+        """Width of the widest row: the anchor and as many calls as any row looks back at."""
         return max(max(len(row.sample), len(row.anchor or ())) for row in self.rows)
 
 
-def _marginal(weights: Sequence[float], mean: float, var: float, noise: float) -> tuple[float, float]:
-    return weights[0] * mean + sum(weights[1:]), weights[0] ** 2 * var + noise**2
+def _weighed(weights: Sequence[float], anchor: np.ndarray, history: Sequence[np.ndarray]) -> np.ndarray:
+    total = weights[0] * anchor
+    for weight, column in zip(weights[1:], history, strict=False):
+        total += weight * column
+    return total
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a run remembers between two calls: an anchor if it keeps one, the x0 predictions newest first, and the count."""
+    """What a run remembers between two calls: an anchor if it keeps one, what calls kept, newest first, and the count."""
 
     anchor: Tensor | None = None
     history: tuple[Tensor, ...] = ()
@@ -92,7 +109,10 @@ def advance(table: Table, state: State, x: Tensor, x0: Tensor, noise: Callable[[
     if state.call == len(table.rows):
         raise ValueError(f"all {len(table.rows)} rows are used; call set_timesteps() to start a new run")
     row = table.rows[state.call]
-    history = (x0, *state.history[: table.num_columns - 2])
+    kept = x0 if row.kept == KEEP_X0 else combine(row.kept, x, (x0,))
+    if kept is x:
+        kept = x.clone()  # the caller may edit the sample in place
+    history = (kept, *state.history[: table.num_columns - 2])
     start = x if state.anchor is None else state.anchor
     shake = noise() * row.noise if row.noise else None
     sample = combine(row.sample, start, history, shake)

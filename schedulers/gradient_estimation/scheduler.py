@@ -9,21 +9,19 @@ except ImportError as error:
 def gradient_estimation(alpha, sigma, gamma):
     """One row per interval of DDIM on gamma * eps_new + (1 - gamma) * eps_old; ``gamma=1`` is DDIM.
 
-    eps_old was seen from an older point. With r = alpha / sigma, and m the x0 that each DDIM step really used,
-    eps_old - eps_new = r_new x0_new - r_old x0_old - (r_new - r_old) m_old, so that m is a sum of x0 predictions alone.
+    Calls keep eps = (x - alpha x0) / sigma for the next one; the first keeps x0, since pure noise (alpha = 0) says nothing of it.
 
     Source: Permenter and Yuan 2023 (arXiv:2306.04848), the gradient-estimation sampler; gamma = 2 is its authors' value.
     """
     if not 1 <= gamma <= 3:
         raise ValueError(f"gamma={gamma} must lie between 1 (DDIM) and 3; 2 is its authors' value")
-    rows, used = [], []  # used: the weights of the last m, newest prediction first
-    for k, (a0, s0, a1, s1) in enumerate(zip(alpha, sigma, alpha[1:], sigma[1:])):
-        share = alpha[k - 1] * s0 / (sigma[k - 1] * a0) if k else 0.0  # r_old / r_new
-        used = [gamma, *((1 - gamma) * (1 - share) * w for w in used)] if k else [1.0]
-        if k:
-            used[1] += (1 - gamma) * share
-        keep = s1 / s0
-        rows.append(Row((keep, *((a1 - keep * a0) * w for w in used))))
+    rows = [Row((sigma[1] / sigma[0], alpha[1] - sigma[1] / sigma[0] * alpha[0]))]
+    for k, (a0, s0, a1, s1) in enumerate(zip(alpha[1:], sigma[1:], alpha[2:], sigma[2:])):
+        scale, gain = a1 / a0, s1 - a1 / a0 * s0  # DDIM is scale * x + gain * eps
+        old = gain * (1 - gamma)
+        # The first step was DDIM's own, so that its eps is (x - a0 * x0_old) / s0 here, too.
+        weights = (scale, gain * gamma, old) if k else (scale + old / s0, gain * gamma, -old * a0 / s0)
+        rows.append(Row(weights, kept=(1 / s0, -a0 / s0)))
     return rows
 
 
