@@ -12,24 +12,32 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffx import glyphs
 from diffx.calibration import NetworkProblem, PipelineProblem, Problem, Settings
 from diffx.calibration.api import calibrate_problems
 from diffx.calibration.fixed import candidates
+from diffx.calibration.problem import noise_generator
 from diffx.calibration.reference import References
-from diffx.evaluation.report import write_atomically
+from diffx.evaluation import compare
+from diffx.evaluation.emoji import GlyphEvaluator, all_prompts, parse_prompt, render
+from diffx.evaluation.report import picture_grid, write_atomically
 from diffx.evaluation.samplers import make_sampler
+from diffx.loading import load_pipeline
 from diffx.oracle import Mixture
-from diffx.schedulers.calibrated import Calibrated
+from diffx.schedulers.calibrated import Calibrated, fingerprint
 from diffx.schedulers.process import is_flow
 
 torch.set_num_threads(1)
@@ -109,10 +117,6 @@ def mixture(kind: str) -> tuple[Problem, Problem, Problem]:
 
 def emoji() -> tuple[Problem, Problem, Problem]:
     """The embedded model on prompts that it was trained on: 96 to learn from, 32 held out, 128 to test on, none twice."""
-    from diffx import glyphs
-    from diffx.evaluation.emoji import all_prompts, parse_prompt
-    from diffx.loading import load_pipeline
-
     shown = []
     for prompt in all_prompts():
         glyph, background = parse_prompt(prompt)
@@ -189,20 +193,161 @@ def measure(name: str, calls: int) -> dict:
     return part
 
 
+def misuse(calls: int) -> dict:
+    """The embedded model's table where it does not belong, beside the best fixed sampler of its own test: mean distances to 200 calls."""
+    part = read("emoji", calls)
+    _, _, test = emoji()
+    settings, count = settings_for("emoji", calls)
+    cache, fixed = FOLDER.parent.parent.parent / "outputs" / "calibration-cache", part["diffx"][0]["sampler"]
+
+    def beside(problem: Problem) -> dict:
+        goals = References(problem, REFERENCE, REFERENCE_STEPS, cache).ends(count // 2)
+        table = Calibrated.from_config(problem.config, calibration=part["config"]["calibration"])
+        rivals = {"calibrated": table, fixed: make_sampler(fixed, problem.config)}
+        return {name: errors(problem, scheduler, calls, goals, settings.batch_size)[1] for name, scheduler in rivals.items()}
+
+    picture = render(list(test.prompts[:1]), seed=0)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**test.pipe.components, requires_safety_checker=False)
+    return {
+        "as calibrated": beside(test),
+        "another seed": beside(replace(test, seed=9)),
+        "guidance 4.5": beside(replace(test, guidance_scale=1.5 * GUIDANCE)),
+        "guidance 2": beside(replace(test, guidance_scale=2.0)),
+        "image to image, strength 0.7": beside(ImageProblem(pipe, test.prompts, GUIDANCE, test.seed, {"image": picture})),
+    }
+
+
+class ImageProblem(PipelineProblem):
+    """The same from a picture: every run starts where strength 0.7 says."""
+
+    def ends(self, scheduler, samples, num_inference_steps, start=None):
+        image = self.call_kwargs["image"].expand(len(samples), -1, -1, -1)
+        self.pipe.scheduler = scheduler
+        self.pipe.set_progress_bar_config(disable=True)
+        prompts, generator = [self.prompts[i] for i in samples], [noise_generator(self.seed, i) for i in samples]
+        options = dict(strength=0.7, num_inference_steps=num_inference_steps, guidance_scale=self.guidance_scale, output_type="latent")
+        return self.pipe(prompt=prompts, image=image, generator=generator, return_dict=False, **options)[0]
+
+
+def pictures(calls: int) -> dict:
+    """FD and R-precision of the test prompts' pictures, and the sheet of the first eight."""
+    part, (_, _, test) = read("emoji", calls), emoji()
+    card = FOLDER.parent.parent.parent / "schedulers" / f"emoji_calibrated_{calls}"
+    samplers = [str(card), part["diffx"][0]["sampler"], part["diffusers"][0]["sampler"], "UniPC", "diffusers:DPMSolverMultistepScheduler"]
+    found = compare(
+        test.pipe, samplers, num_inference_steps=(calls,), prompts=list(test.prompts), guidance_scale=(GUIDANCE,), seed=2,
+        reference=REFERENCE, reference_steps=REFERENCE_STEPS, evaluator=GlyphEvaluator(),
+    )  # fmt: skip
+    few = replace(found, images={key: value[:8] for key, value in found.images.items()}, prompts=found.prompts[:8])
+    picture_grid(few).save(FOLDER / f"emoji-{calls}.png")
+    return {"rows": [asdict(row) for row in found.rows], "names": {str(card): "calibrated"}}
+
+
+def read(problem: str, calls: int) -> dict:
+    """A part that was measured."""
+    return json.loads((FOLDER / "parts" / f"{problem}-{calls}.json").read_text())
+
+
+def publish(calls: int) -> None:
+    """The embedded model's table as a folder of ``schedulers/``; its card is written by hand."""
+    part, (learned, _, _) = read("emoji", calls), emoji()
+    made = {**part["config"]["calibration"], "guidance_scale": GUIDANCE, "model": fingerprint(learned.pipe)}
+    scheduler = Calibrated.from_config(learned.config, calibration=made)
+    scheduler.save_pretrained(FOLDER.parent.parent.parent / "schedulers" / f"emoji_calibrated_{calls}")
+
+
+def report() -> str:
+    """The table of all parts, and the plot beside it."""
+    parts = [json.loads(file.read_text()) for file in sorted((FOLDER / "parts").glob("*-*.json")) if file.stem.split("-")[-1].isdigit()]
+    parts.sort(key=lambda part: (part["problem"], part["calls"]))
+    names = list(dict.fromkeys(part["problem"] for part in parts))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), constrained_layout=True, squeeze=False)
+    lines = [
+        "# Calibrated tables beside fixed samplers",
+        "",
+        "`python benchmarks/calibration.py`: distances of a run's end to that of a 200-call run from the same noise, on noises and prompts "
+        "that no calibration saw. *Mean* is over samples of each one's RMS, *RMS* over all entries of all samples: a few samples that end "
+        "in another mode of the data weigh much in the second, most of all on the mixtures. *Floor*: the reference at half its calls.",
+        f"CPU, float32, one thread; torch {torch.__version__}, diffusers {diffusers.__version__}. "
+        "*Diffusers*: the best of all its configurations, chosen by the mean on these very samples (the list is in the script; which ones "
+        "ran, with their figures, in `parts/`). *diffx*: the best of the fixed ones that a calibration starts from, chosen alike.",
+        "",
+        "| model | calls | samples | floor | Diffusers, mean | RMS | diffx, mean | RMS | calibrated, mean | RMS "
+        "| Diffusers / calibrated, mean | RMS | network calls spent | seconds |",
+        "|:---|" + "---:|" * 13,
+    ]
+    for part in parts:
+        stock, ours, made = part["diffusers"][0], part["diffx"][0], part["calibrated"]
+        spent = sum(stage["calls"] for stage in made["stages"])
+        figures = [part["floor"]["mean"], stock["mean"], stock["rms"], ours["mean"], ours["rms"], made["mean"], made["rms"]]
+        ratios = [stock["mean"] / made["mean"], stock["rms"] / made["rms"]]
+        cells = [f"{value:.4f}" for value in figures] + [f"{ratio:.2f}" for ratio in ratios]
+        lines.append(
+            f"| {part['problem']} | {part['calls']} | {part['test_samples']:,} | {' | '.join(cells)} | {spent:,} | {made['seconds']:.0f} |"
+        )
+    lines += ["", "Chosen:", ""]
+    for part in parts:
+        lines.append(f"- {part['problem']}, {part['calls']} calls: `{part['diffusers'][0]['sampler']}`; `{part['diffx'][0]['sampler']}`")
+    for axis, name in zip(axes[0], names):
+        mine = [part for part in parts if part["problem"] == name]
+        calls = [part["calls"] for part in mine]
+        for label, key in (("best of Diffusers", "diffusers"), ("best fixed of diffx", "diffx"), ("calibrated", "calibrated")):
+            values = [(part[key] if key == "calibrated" else part[key][0])["mean"] for part in mine]
+            axis.semilogy(calls, values, marker="o", markersize=4, linewidth=2 if key == "calibrated" else 1, label=label)
+        axis.set(title=name, xlabel="network calls", xticks=calls)
+    axes[0][0].set_ylabel("mean distance to 200 calls")
+    axes[0][-1].legend(frameon=False)
+    figure.savefig(FOLDER / "error.png", dpi=100)
+    for file, draw in (("misuse.json", misuse_table), ("pictures.json", pictures_table)):
+        if (FOLDER / file).exists():
+            lines += draw(json.loads((FOLDER / file).read_text()))
+    return "\n".join(lines) + "\n"
+
+
+def misuse_table(found: dict) -> list[str]:
+    fixed = next(name for name in found["as calibrated"] if name != "calibrated")
+    lines = ["", "## The embedded model's table where it does not belong", "", f"Mean distances, beside `{fixed}`, 64 samples.", ""]
+    lines += ["| used | calibrated | fixed | ratio |", "|:---|---:|---:|---:|"]
+    return lines + [f"| {k} | {v['calibrated']:.4f} | {v[fixed]:.4f} | {v[fixed] / v['calibrated']:.2f} |" for k, v in found.items()]
+
+
+def pictures_table(found: dict) -> list[str]:
+    measures = [measure["name"] for measure in found["rows"][0]["measures"]]
+    first = found["rows"][0]["measures"]
+    floors = ", ".join(f"{m['name']} {m['value']:.3f} (real against real {m['floor']:.3f})" for m in first)
+    lines = ["", "## Pictures of the embedded model", "", f"128 test prompts, seed 2. The 200-call reference has {floors}.", ""]
+    lines += [f"| sampler | RMS of pictures | {' | '.join(measures)} |", "|:---|---:|" + "---:|" * len(measures)]
+    for row in found["rows"][2:]:
+        values = " | ".join(f"{measure['value']:.3f}" for measure in row["measures"])
+        lines.append(f"| {found['names'].get(row['sampler'], row['sampler'])} | {row['rms']:.4f} | {values} |")
+    return lines
+
+
+def once(file: Path, make: Callable[[], dict]) -> dict:
+    """What ``file`` holds, made and written if it is not there."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(make(), indent=1).encode()
+        write_atomically(file, lambda out: out.write(content))
+    return json.loads(file.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="*", default=["mixture-vp", "mixture-flow", "emoji"])
     parser.add_argument("--calls", nargs="*", type=int, default=list(CALLS))
+    parser.add_argument("--publish", type=int, help="of these calls make schedulers/emoji_calibrated_N and measure it as it is used")
     arguments = parser.parse_args()
-    (FOLDER / "parts").mkdir(parents=True, exist_ok=True)
     for name, calls in product(arguments.problem, arguments.calls):
-        file = FOLDER / "parts" / f"{name}-{calls}.json"
-        if not file.exists():
-            write_atomically(file, lambda out: out.write(json.dumps(measure(name, calls), indent=1).encode()))  # noqa: B023
-        part = json.loads(file.read_text())
-        print(
-            name, calls, "calibrated", part["calibrated"]["mean"], "diffx", part["diffx"][0], "diffusers", part["diffusers"][0], flush=True
-        )
+        part = once(FOLDER / "parts" / f"{name}-{calls}.json", lambda: measure(name, calls))  # noqa: B023
+        found = [f"{label} {part[key][0]['mean']:.4f}" for label, key in (("Diffusers", "diffusers"), ("diffx", "diffx"))]
+        print(name, calls, *found, f"calibrated {part['calibrated']['mean']:.4f}", flush=True)
+    if arguments.publish:
+        publish(arguments.publish)
+        once(FOLDER / "misuse.json", lambda: misuse(arguments.publish))
+        once(FOLDER / "pictures.json", lambda: pictures(arguments.publish))
+    text = report()
+    write_atomically(FOLDER / "report.md", lambda out: out.write(text.encode()))
 
 
 if __name__ == "__main__":
