@@ -337,6 +337,11 @@ def test_the_dry_run_tells_what_is_spent(tmp_path):
     assert str(told.total) in str(told).replace(",", "")
 
 
+def test_one_call_is_searched_alone(tmp_path):
+    made = calibrate_problems(*problems(), Settings(num_inference_steps=1, **SMALL), cache=tmp_path, progress=False)
+    assert set(made.calibration.errors) == {"search", "path"} and len(made.calibration.rows) == 1
+
+
 @pytest.mark.parametrize("build", [tiny_stable_diffusion, tiny_sd3, tiny_flux])
 def test_a_pipeline_is_calibrated_and_left_as_it_was(build, tmp_path):
     pipe = build()

@@ -41,6 +41,11 @@ class Settings:
     seed: int = 0
     time_budget: float | None = None  # seconds after which stage (c) stops where it is
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is a stage (c): a run of one call has nothing to learn."""
+        return self.iterations > 0 and self.num_inference_steps > 1
+
     def __post_init__(self) -> None:
         least = {
             "num_inference_steps": 1, "num_samples": 8, "num_held_out": 8, "reference_steps": 2 * self.num_inference_steps,
@@ -92,10 +97,10 @@ def cost_of(settings: Settings, num_candidates: int) -> Cost:
     jacobian = sum(n - knob.acts_from for knob in knobs_of(n))
     return Cost(
         reference=(s.num_samples + s.num_held_out) * s.reference_steps,
-        search=n * (num_candidates * FEW + FINALISTS * s.num_samples),
-        path=PATH_SAMPLES * min(PATH_CALLS, s.reference_steps) + (n > 1) * n * len(POWERS) * s.num_samples,
-        learn=s.num_samples * (s.iterations * (2 * n + jacobian) + n * bool(s.iterations)),
-        held_out=n * s.num_held_out * (2 + s.iterations + bool(s.iterations)),
+        search=n * (num_candidates * min(FEW, s.num_samples) + FINALISTS * s.num_samples),
+        path=min(PATH_SAMPLES, s.num_samples) * min(PATH_CALLS, s.reference_steps) + n * len(POWERS) * s.num_samples,
+        learn=s.learns * s.num_samples * (s.iterations * (2 * n + jacobian) + n),
+        held_out=n * s.num_held_out * (2 + s.learns * (s.iterations + 1)),
     )
 
 
@@ -125,22 +130,19 @@ class Calibrator:
             self._bar.update((s.num_samples - references[0].missing(s.num_samples)) * s.reference_steps)
             self._bar.update((s.num_held_out - references[1].missing(s.num_held_out)) * s.reference_steps)
             self._goals = [r.ends(n, self._spend) for r, n in zip(references, (s.num_samples, s.num_held_out))]
-            stages, found = [], {}
-            for name, stage in (("search", lambda: self._search(fixed)), ("path", lambda: self._path(references[0]))):
-                found[name] = self._timed(name, stage, stages)
-            best = min(("search", "path"), key=lambda name: stages[list(found).index(name)].error)
-            if s.iterations:
-                found["learn"] = self._timed("learn", lambda: self._learn(found[best], references[0].folder), stages)
-        winner = min(range(len(stages)), key=lambda i: stages[i].held_out_error)
-        return list(found.values())[winner], stages
+            found = [self._timed("search", self._search, fixed), self._timed("path", self._path)]
+            if s.learns:
+                _, start = min(found, key=lambda pair: pair[0].error)
+                found.append(self._timed("learn", self._learn, start, references[0].folder))
+        _, winner = min(found, key=lambda pair: pair[0].held_out_error)
+        return winner, [stage for stage, _ in found]
 
-    def _timed(self, name: str, stage: Callable[[], tuple[str, Calibration, float]], stages: list[Stage]) -> Calibration:
+    def _timed(self, name: str, stage: Callable[..., tuple[str, Calibration, float]], *arguments: Any) -> tuple[Stage, Calibration]:
         self._bar.set_description(name)
         spent, start = self.spent, time.monotonic()
-        sampler, calibration, error = stage()
+        sampler, calibration, error = stage(*arguments)
         held_out = self._error(calibration, held_out=True)
-        stages.append(Stage(name, sampler, error, held_out, self.spent - spent, round(time.monotonic() - start, 1)))
-        return calibration
+        return Stage(name, sampler, error, held_out, self.spent - spent, round(time.monotonic() - start, 1)), calibration
 
     # --- the stages, each (a name, its calibration, its error on the samples to learn from) -------------------------
 
@@ -154,7 +156,7 @@ class Calibrator:
             raise FloatingPointError(f"every known sampler gave NaN or infinity at {self.settings.num_inference_steps} calls; try float32")
         return best, fixed[best], errors[best]
 
-    def _path(self, reference: References) -> tuple[str, Calibration, float]:
+    def _path(self) -> tuple[str, Calibration, float]:
         calls = self.settings.num_inference_steps
         recorder = References(self.learned, self.settings.reference, min(PATH_CALLS, self.settings.reference_steps), self.cache)
         x, x0 = recorder.path(min(PATH_SAMPLES, self.settings.num_samples))
