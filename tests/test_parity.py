@@ -382,6 +382,17 @@ def test_ddpm(variance_type, prediction_type):
             assert_parity(ours, stock, seed=3)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ddpm_goes_to_the_next_time_of_any_grid(spacing):
+    """As stock does. Not here: cosine betas, where stock's float32 reach 1.6e-5, and stock's "fixed_large" noise after the last step."""
+    for betas in ("linear", "scaled_linear", "trained"):
+        stock, ours = stock_ddpm_pair(timestep_spacing=spacing, **BETAS[betas])
+        for num_steps in STEPS:
+            for scheduler in (stock, ours):
+                scheduler.set_timesteps(num_steps)
+            assert_parity(ours, stock, seed=3)
+
+
 def test_ddpm_offset_clipping_custom_times_and_zero_snr():
     for options in (dict(steps_offset=1), dict(clip_sample=True, clip_sample_range=0.7), dict(thresholding=True, sample_max_value=1.5)):
         stock, ours = stock_ddpm_pair(**options)
