@@ -42,7 +42,8 @@ from diffx.schedulers.process import is_flow
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
-FOLDER = Path(__file__).parent / "results" / "calibration"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results" / "calibration"
 CALLS = (4, 5, 6, 8, 10)
 REFERENCE, REFERENCE_STEPS = "DPMSolver:timestep_spacing=trailing", 200
 GUIDANCE = 3.0
@@ -171,7 +172,7 @@ def measure(name: str, calls: int) -> dict:
     """One part: both sweeps and a calibration, all on the same test samples."""
     learned, held_out, test = emoji() if name == "emoji" else mixture(name.removeprefix("mixture-"))
     settings, count = settings_for(name, calls)
-    cache = FOLDER.parent.parent.parent / "outputs" / "calibration-cache"
+    cache = ROOT / "outputs" / "calibration-cache"
     goals = References(test, REFERENCE, REFERENCE_STEPS, cache).ends(count)
     floor = errors(test, make_sampler(REFERENCE, test.config), REFERENCE_STEPS // 2, goals, settings.batch_size)
     start = time.perf_counter()
@@ -198,7 +199,7 @@ def misuse(calls: int) -> dict:
     part = read("emoji", calls)
     _, _, test = emoji()
     settings, count = settings_for("emoji", calls)
-    cache, fixed = FOLDER.parent.parent.parent / "outputs" / "calibration-cache", part["diffx"][0]["sampler"]
+    cache, fixed = ROOT / "outputs" / "calibration-cache", part["diffx"][0]["sampler"]
 
     def beside(problem: Problem) -> dict:
         goals = References(problem, REFERENCE, REFERENCE_STEPS // 2, cache).ends(count // 4)
@@ -232,15 +233,21 @@ class ImageProblem(PipelineProblem):
 def pictures(calls: int) -> dict:
     """FD and R-precision of the test prompts' pictures, and the sheet of the first eight."""
     part, (_, _, test) = read("emoji", calls), emoji()
-    card = FOLDER.parent.parent.parent / "schedulers" / f"emoji_calibrated_{calls}"
-    samplers = [str(card), part["diffx"][0]["sampler"], part["diffusers"][0]["sampler"], "UniPC", "diffusers:DPMSolverMultistepScheduler"]
+    os.chdir(ROOT)  # so that the table is named as users name it
+    samplers = [
+        f"schedulers/emoji_calibrated_{calls}",
+        part["diffx"][0]["sampler"],
+        part["diffusers"][0]["sampler"],
+        "UniPC",
+        "diffusers:DPMSolverMultistepScheduler",
+    ]
     found = compare(
         test.pipe, samplers, num_inference_steps=(calls,), prompts=list(test.prompts), guidance_scale=(GUIDANCE,), seed=2,
         reference=REFERENCE, reference_steps=64, evaluator=GlyphEvaluator(),
     )  # fmt: skip
     few = replace(found, images={key: value[:8] for key, value in found.images.items()}, prompts=found.prompts[:8])
     picture_grid(few).save(FOLDER / f"emoji-{calls}.png")
-    return {"rows": [asdict(row) for row in found.rows], "names": {str(card): "calibrated"}}
+    return {"rows": [asdict(row) for row in found.rows]}
 
 
 def read(problem: str, calls: int) -> dict:
@@ -253,7 +260,7 @@ def publish(calls: int) -> None:
     part, (learned, _, _) = read("emoji", calls), emoji()
     made = {**part["config"]["calibration"], "guidance_scale": GUIDANCE, "model": fingerprint(learned.pipe)}
     scheduler = Calibrated.from_config(learned.config, calibration=made)
-    scheduler.save_pretrained(FOLDER.parent.parent.parent / "schedulers" / f"emoji_calibrated_{calls}")
+    scheduler.save_pretrained(ROOT / "schedulers" / f"emoji_calibrated_{calls}")
 
 
 def report() -> str:
@@ -325,7 +332,7 @@ def pictures_table(found: dict) -> list[str]:
     lines += [f"| sampler | RMS of pictures | {' | '.join(measures)} |", "|:---|---:|" + "---:|" * len(measures)]
     for row in found["rows"][2:]:
         values = " | ".join(f"{measure['value']:.3f}" for measure in row["measures"])
-        lines.append(f"| {found['names'].get(row['sampler'], row['sampler'])} | {row['rms']:.4f} | {values} |")
+        lines.append(f"| {row['sampler']} | {row['rms']:.4f} | {values} |")
     return lines
 
 
