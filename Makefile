@@ -22,8 +22,9 @@ lint: $(STAMP)  ## style, format, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-bench: $(STAMP)  ## the cost of one step, ours beside Diffusers'
+bench: $(STAMP)  ## ours beside Diffusers': the cost of one step, and every pipeline with every solver
 	$(VENV)/bin/python benchmarks/step_cost.py
+	$(VENV)/bin/python benchmarks/pipeline_matrix.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

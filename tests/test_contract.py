@@ -318,6 +318,44 @@ def test_set_timesteps_starts_over(name):
     assert torch.equal(denoise(scheduler, network, noise(), **draw()), first)
 
 
+# ---------------------------------------------------------------------------------------------- pipelines that do not fit
+
+
+@pytest.mark.parametrize("cls", [diffx.Euler, diffx.EulerAncestral, diffx.Heun])
+def test_stepping_from_the_scaled_sample_is_refused(cls):
+    """DiTPipeline does so, with unscaled first noise besides; Diffusers' Euler then samples from noise that is far too small."""
+    scheduler = cls()
+    scheduler.set_timesteps(6)
+    t, x = scheduler.timesteps[0], noise()
+    scaled = scheduler.scale_model_input(x, t)
+    with pytest.raises(ValueError, match=rf"step\(\) was given what scale_model_input\(\) returned.*{cls.__name__} steps from.*diffx.DDIM"):
+        scheduler.step(noise(1), t, scaled)
+    scheduler.set_timesteps(6)
+    scheduler.scale_model_input(x, scheduler.timesteps[0])
+    scheduler.step(noise(1), scheduler.timesteps[0], x)
+
+
+@pytest.mark.parametrize("cls", [diffx.DDIM, diffx.DDPM, diffx.DPMSolver, diffx.UniPC, diffx.LCM])
+def test_scaling_a_noise_level_needs_samples_with_alpha_one(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(6)
+    sigma, t = torch.tensor(3.0), scheduler.timesteps[0]
+    with pytest.raises(ValueError, match=f"StableDiffusionLatentUpscalePipeline.*{cls.__name__} has other samples: diffx.Euler"):
+        scheduler.scale_model_input(sigma, t)
+    euler = diffx.Euler()
+    euler.set_timesteps(6)
+    top = euler.sigmas[0]
+    assert euler.scale_model_input(top, euler.timesteps[0]) == pytest.approx(float(top / (top**2 + 1) ** 0.5), rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize("cls", [each for each in CLASSES.values() if each is not diffx.LCM])
+def test_the_times_of_a_distillation_are_for_lcm(cls):
+    """LatentConsistencyModelPipeline always passes the argument, and never scales the network's input."""
+    with pytest.raises(ValueError, match=f"{cls.__name__} takes no original_inference_steps.*diffx.LCM samples such networks"):
+        cls().set_timesteps(4, original_inference_steps=None)
+    diffx.LCM().set_timesteps(4, original_inference_steps=None)
+
+
 # ---------------------------------------------------------------------------------------------- dtype and outputs
 
 

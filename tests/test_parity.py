@@ -5,6 +5,7 @@ The tolerance everywhere is 1e-5 of the largest entry. Diffusers keeps its table
 States and the network are float64 here, so that nothing but the two schedulers' own arithmetic is compared.
 """
 
+import itertools
 import json
 
 import diffusers
@@ -370,9 +371,11 @@ def stock_ddpm_pair(**config):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_ddpm(variance_type, prediction_type):
-    """On "leading", where stock's ``t - T // N`` is the next time of its grid."""
-    for betas in ("linear", "scaled_linear", "cosine", "trained"):
-        stock, ours = stock_ddpm_pair(prediction_type=prediction_type, variance_type=variance_type, **BETAS[betas])
+    """Both go to the next time of the grid, on every spacing."""
+    cases = itertools.product(("linear", "scaled_linear", "cosine", "trained"), ("leading", "linspace", "trailing"))
+    for betas, spacing in cases:
+        options = dict(prediction_type=prediction_type, variance_type=variance_type, timestep_spacing=spacing)
+        stock, ours = stock_ddpm_pair(**options, **BETAS[betas])
         for num_steps in STEPS:
             stock.set_timesteps(num_steps)
             ours.set_timesteps(num_steps)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import diffx
-from diffx.testing import IMAGE_SIZE, call_inputs, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
+import diffx.testing
+from diffx.testing import IMAGE_SIZE, call_inputs, end_of, sample_of, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
 
 TOLERANCE = 1e-5
 SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -265,17 +266,29 @@ def test_default_run_is_bit_reproducible_and_seeded(which, request):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_the_tiny_pipelines_are_what_they_say():
+BUILDS = [getattr(diffx.testing, name) for name in diffx.testing.__all__ if name.startswith("tiny_")]
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
+def test_the_tiny_pipelines_are_what_they_say(build):
+    one, two, other = build(), build(), build(seed=1)
+    net = "unet" if "unet" in one.components else "transformer"
+    weights = [torch.cat([p.flatten() for p in pipe.components[net].parameters()]) for pipe in (one, two, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    noise = lambda: [torch.Generator().manual_seed(0) for _ in range(2)]  # noqa: E731
+    ends = end_of(one, **call_inputs(one, batch_size=2), num_inference_steps=2, generator=noise())
+    assert torch.isfinite(ends).all() and not torch.equal(ends[0], ends[1])  # same noise, two prompts
+    others = end_of(one, **call_inputs(one, batch_size=2, seed=1), num_inference_steps=2, generator=noise())
+    assert len({end.numpy().tobytes() for end in (*ends, *others)}) == 4
+    alone = sample_of(call_inputs(one, batch_size=2), 1)
+    assert end_of(one, **alone, num_inference_steps=2, generator=noise()[:1]).shape == ends[:1].shape
+
+
+def test_pictures_have_the_size_they_say():
     for build in (tiny_stable_diffusion, tiny_sdxl, tiny_sd3, tiny_flux):
-        one, two, other = build(), build(), build(seed=1)
-        net = "unet" if "unet" in one.components else "transformer"
-        weights = [torch.cat([p.flatten() for p in pipe.components[net].parameters()]) for pipe in (one, two, other)]
-        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-        image = one(**call_inputs(one, batch_size=2), num_inference_steps=2, output_type="np").images
+        pipe = build()
+        image = pipe(**call_inputs(pipe, batch_size=2), num_inference_steps=2, output_type="np").images
         assert image.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3) and np.isfinite(image).all()
-        noise = [torch.Generator().manual_seed(0) for _ in range(2)]
-        latents = one(**call_inputs(one, batch_size=2), num_inference_steps=2, output_type="latent", generator=noise).images
-        assert not torch.equal(latents[0], latents[1])  # same noise, two prompts
 
 
 @pytest.mark.parametrize("build", [tiny_stable_diffusion, tiny_sdxl, tiny_sd3, tiny_flux])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, ClassVar, Self
+from weakref import ref
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .plan import Plan, make_plan
 from .process import Frame, Process, cumulative_alphas, make_betas, make_process
 from .table import State, Table, advance, combine
 from .turn import ONE_RUN, SETTING, HandedOut, Run, Turn, in_turn
+
+_NOT_PASSED: Any = object()
 
 
 @dataclass
@@ -102,8 +105,18 @@ class TableScheduler(Configured):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None = _NOT_PASSED,
     ) -> None:
-        """Choose the times of the next run and forget the last one. See ``grid.make_grid`` for the arguments and errors."""
+        """Choose the times of the next run and forget the last one. See ``grid.make_grid`` for the arguments and errors.
+
+        Raises:
+            ValueError: ``original_inference_steps`` was passed, by a pipeline for distilled networks; only ``LCM`` takes it.
+        """
+        if original_inference_steps is not _NOT_PASSED:
+            raise ValueError(
+                f"{type(self).__name__} takes no original_inference_steps, which pipelines for distilled networks pass, "
+                "LatentConsistencyModelPipeline among them: diffx.LCM samples such networks"
+            )
         with SETTING:
             self._turn = Turn(get_ident())  # first: a step that is going on in another thread sees that its turn is over
             self._make_run_ready(device, num_inference_steps, timesteps, sigmas, mu)
@@ -182,8 +195,16 @@ class TableScheduler(Configured):
         """What the network is fed: in the VE frame sample / sqrt(edm_sigma^2 + 1) at the coming call, else the sample itself.
 
         Before ``set_timesteps`` any training time is meant.
+
+        Raises:
+            ValueError: a single number in another frame: a noise level, with which the pipeline computes as if alpha were 1.
         """
         if self._process.frame != "ve":
+            if not sample.ndim:
+                raise ValueError(
+                    f"this pipeline does sums with sigmas of samples x0 + sigma noise, as StableDiffusionLatentUpscalePipeline does, "
+                    f"and {type(self).__name__} has other samples: diffx.Euler, EulerAncestral and Heun fit"
+                )
             return sample
         return self._scaled(sample, timestep)
 
@@ -193,7 +214,9 @@ class TableScheduler(Configured):
             sigma = float(self._process.sigma_at(np.array([float(timestep)]))[0])
         else:
             sigma = self._require_grid().sigmas[self._index(timestep) if timestep is not None else self._expected()]
-        return sample * (1 / math.hypot(1.0, sigma))
+        scaled = sample * (1 / math.hypot(1.0, sigma))
+        self._turn.scaled = ref(scaled)
+        return scaled
 
     def step(
         self,
@@ -335,6 +358,12 @@ class TableScheduler(Configured):
 
     def _fitted(self, out: Tensor, x: Tensor) -> Tensor:
         """``out`` without predicted variances, or an error that says what does not fit."""
+        scaled = self._turn.scaled
+        if scaled is not None and scaled() is x:
+            raise ValueError(
+                f"step() was given what scale_model_input() returned, as DiTPipeline does it, but {type(self).__name__} steps from the "
+                "sample before it was scaled: such a pipeline needs a scheduler that scales nothing, diffx.DDIM, DDPM, DPMSolver or UniPC"
+            )
         if self.config.get("variance_type") in ("learned", "learned_range") and out.shape[1] == 2 * x.shape[1]:
             out = out[:, : x.shape[1]]
         if out.shape != x.shape:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from threading import RLock, get_ident
 from typing import Any, Self
+from weakref import ReferenceType
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -50,6 +51,7 @@ class Turn:
     thread: int | None = ANYBODY  # before the first set_timesteps; None is a copy's, which the first thread that uses it claims
     begin_index: int | None = None
     run: Run | None = None  # from the first step on
+    scaled: ReferenceType[Tensor] | None = None  # what scale_model_input returned last
 
     def claim(self) -> Self:
         """This turn, if it is the calling thread's.
