@@ -34,6 +34,8 @@ SOLVERS = {
     "DPM1": (diffx.DPMSolver, dict(solver_order=1)),
     "DPM2": (diffx.DPMSolver, dict(solver_order=2)),
     "DPM3": (diffx.DPMSolver, dict(solver_order=3)),
+    "Eps2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="dpmsolver")),
+    "Eps3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="dpmsolver")),
     "SDE1": (diffx.DPMSolver, dict(solver_order=1, algorithm_type="sde-dpmsolver++")),
     "SDE2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="sde-dpmsolver++")),
     "SDE3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="sde-dpmsolver++")),
@@ -739,7 +741,10 @@ class DeviceReads(TorchDispatchMode):
 @pytest.mark.parametrize("flow", [False, True], ids=["vp", "flow"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_no_step_reads_the_device(name, flow):
-    """0 reads, 0 uploads, and at most order + 3 kernels, or order + 5 for UniPC; noise that is made on the host is uploaded besides."""
+    """0 reads, 0 uploads, and at most order + 3 kernels, or order + 5 for UniPC and where eps is kept.
+
+    Noise that is made on the host is uploaded besides.
+    """
     scheduler = make(name, **(FLOW if flow else {}))
     order = scheduler.config.get("solver_order", 1)
     stochastic = name.startswith("SDE") or name in ("Ancestral", "DDPM", "LCM")
@@ -755,8 +760,9 @@ def test_no_step_reads_the_device(name, flow):
             x = scheduler.step(out, t, fed if scale == 0 else x, return_dict=False, **given)[0]
         assert (count.reads, count.uploads) == (0, 0)
         kernels = count.kernels - before
-        corrected = 2 if name.startswith("UniPC") else 0  # the prediction that only the corrector sees, and the kept copy
-        assert kernels <= order + 3 + corrected + 2 * stochastic, kernels
+        # UniPC: the prediction that only the corrector sees, and the kept copy. Eps: the sum that is kept.
+        more = 2 if name.startswith("UniPC") or "Eps" in name else 0
+        assert kernels <= order + 3 + more + 2 * stochastic, kernels
 
 
 def test_the_counter_itself_sees_reads():

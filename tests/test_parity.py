@@ -599,6 +599,81 @@ def test_dpm_flow(solver, shift):
         assert_parity(ours, stock, times=stock.timesteps.clone(), seed=3 if solver.startswith("sde") else None)
 
 
+# The noise predictions as the polynomial. Stock refuses to end them at zero, and its SDE form has no third order.
+EPS_SOLVERS = {
+    f"{kind}{order}": dict(solver_order=order, algorithm_type=kind, final_sigmas_type="sigma_min")
+    for kind, orders in (("dpmsolver", (1, 2, 3)), ("sde-dpmsolver", (1, 2)))
+    for order in orders
+}
+
+
+def eps_seed(solver):
+    return 3 if solver.startswith("sde") else None
+
+
+class Float64DPM(diffusers.DPMSolverMultistepScheduler):
+    """The stock class without its rounding of samples and levels to float32, which pure noise multiplies by 1 / alpha = 4096."""
+
+    def convert_model_output(self, model_output, *args, sample=None, **kwargs):
+        self.wide = sample
+        return super().convert_model_output(model_output, *args, sample=sample, **kwargs)
+
+    def dpm_solver_first_order_update(self, *args, sample=None, **kwargs):
+        return super().dpm_solver_first_order_update(*args, sample=self.wide, **kwargs)
+
+    def multistep_dpm_solver_second_order_update(self, *args, sample=None, **kwargs):
+        return super().multistep_dpm_solver_second_order_update(*args, sample=self.wide, **kwargs)
+
+    def multistep_dpm_solver_third_order_update(self, *args, sample=None, **kwargs):
+        return super().multistep_dpm_solver_third_order_update(*args, sample=self.wide, **kwargs)
+
+
+@pytest.mark.parametrize("solver", EPS_SOLVERS)
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), cases(SPACINGS | {"karras": dict(use_karras_sigmas=True)}))
+def test_dpm_on_noise_predictions(betas, grid, prediction_type, solver):
+    cls = Float64DPM if betas == "zero_snr" else diffusers.DPMSolverMultistepScheduler
+    stock = cls(
+        prediction_type=prediction_type, **EPS_SOLVERS[solver], **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid],
+        euler_at_final=grid == "karras",  # those end on sigma_min twice: a last step of 0, at which stock's higher orders are 0 / 0
+    )  # fmt: skip
+    ours = diffx.DPMSolver.from_config(stock.config, stock_third_order=True)
+    if solver.startswith("sde") and betas in ("zero_snr", "cosine") and grid != "leading":
+        with pytest.raises(ValueError, match="the noise of sde-dpmsolver grows without bound from pure noise"):
+            ours.set_timesteps(4)
+        return
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        if betas == "zero_snr":
+            stock.sigmas = torch.tensor([call.sigma for call in ours.plan().calls] + [stock.sigmas[-1]], dtype=torch.float64)
+        truncated = betas == "cosine" and "karras" in grid  # as above
+        assert_parity(ours, stock, times=stock.timesteps.clone() if truncated else None, seed=eps_seed(solver))
+
+
+@pytest.mark.parametrize("solver", EPS_SOLVERS)
+@pytest.mark.parametrize("lower_order_final", [True, False])
+@pytest.mark.parametrize("options", [dict(), dict(solver_type="heun"), dict(euler_at_final=True)], ids=["midpoint", "heun", "euler"])
+def test_dpm_on_noise_predictions_types_and_final_steps(solver, lower_order_final, options):
+    stock, ours = dpm_pair(lower_order_final=lower_order_final, **options, **EPS_SOLVERS[solver], **SCALED)
+    for run in (*(dict(num_inference_steps=n) for n in (1, 2, 3, 14, 15)), dict(timesteps=[999, 812, 600, 405, 111, 7])):
+        stock.set_timesteps(**run)
+        ours.set_timesteps(**run)
+        assert_parity(ours, stock, seed=eps_seed(solver))
+
+
+def test_dpm_on_noise_predictions_ends_at_zero_where_stock_does_not():
+    with pytest.raises(ValueError, match="is not supported for `algorithm_type` dpmsolver"):
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", **SCALED)
+    ours = diffx.DPMSolver(algorithm_type="dpmsolver", **SCALED)
+    ours.set_timesteps(6)
+    assert ours.sigmas[-1] == 0 and ours.plan().calls[-1].sample == (0, 1) and ours.plan().calls[-1].kept == (0, 1)  # its x0
+    stock = diffusers.DPMSolverMultistepScheduler(**EPS_SOLVERS["sde-dpmsolver2"], **SCALED)
+    back = diffusers.DPMSolverMultistepScheduler.from_config(diffx.DPMSolver.from_config(stock.config).config)
+    assert dict(back.config) == dict(stock.config)
+    with pytest.raises(ValueError, match=r"algorithm_type='dpm' is not one of dpmsolver\+\+, sde-dpmsolver\+\+, dpmsolver, sde-dpmsolver"):
+        diffx.DPMSolver(algorithm_type="dpm")
+
+
 # ---------------------------------------------------------------------------------------------- UniPC
 
 UNIPC_SOLVERS = {f"{kind}-{order}": dict(solver_type=kind, solver_order=order) for kind in ("bh1", "bh2") for order in (1, 2, 3)}
@@ -665,6 +740,7 @@ PAIRS = {
     "DPM2": lambda: (diffusers.DPMSolverMultistepScheduler(**SCALED), diffx.DPMSolver, {}),
     "DPM3": lambda: (diffusers.DPMSolverMultistepScheduler(solver_order=3, **SCALED), diffx.DPMSolver, dict(stock_third_order=True)),
     "SDE2": lambda: (diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **SCALED), diffx.DPMSolver, {}),
+    "Eps2": lambda: (diffusers.DPMSolverMultistepScheduler(**EPS_SOLVERS["dpmsolver2"], **SCALED), diffx.DPMSolver, {}),
     "UniPC1": lambda: (diffusers.UniPCMultistepScheduler(solver_order=1, **SCALED), diffx.UniPC, {}),
     "UniPC2": lambda: (diffusers.UniPCMultistepScheduler(**SCALED), diffx.UniPC, {}),
     "UniPC3": lambda: (diffusers.UniPCMultistepScheduler(solver_order=3, **SCALED), diffx.UniPC, {}),

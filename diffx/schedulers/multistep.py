@@ -73,7 +73,7 @@ def dpm(
     It is ``dpmpp`` with x0 and eps, alpha and sigma in each other's place, so that lam changes sign: the noise predictions are the
     polynomial, and each call keeps its own. A step to sigma = 0 and one from alpha = 0 take the limit of order 1, which is x0's.
 
-    Source: Lu et al. 2022 (arXiv:2206.00927) and, for the SDE, arXiv:2211.01095, its section on SDE-DPM-Solver.
+    Source: Lu et al. 2022 (arXiv:2206.00927) and, for the SDE, Lu et al. 2022 (arXiv:2211.01095).
 
     Args:
         alpha, sigma, orders, solver_type, stock_third_order: as for ``dpmpp``.
@@ -118,7 +118,7 @@ def dpm_excess(sigma: np.ndarray, rows: Sequence[Row]) -> float:
             variance = drift**2 + row.noise**2
             most = max(most, variance - s1**2, s1**2 - row.noise**2)
             stds.insert(0, math.sqrt(variance) / s1)
-    return float(most)
+    return float(most) * (1 + 1e-9) + 1e-9  # rounding
 
 
 def _check(i: int, order: int, solver_type: str) -> None:
@@ -214,6 +214,6 @@ class DPMSolver(
         )
         if config.algorithm_type.endswith("dpmsolver"):
             rows = dpm(alpha, sigma, orders, stochastic=stochastic, **shape)
-            return Table(alpha, sigma, tuple(rows), excess=dpm_excess(sigma, rows) + 1e-9 if stochastic else 1e-9)
+            return Table(alpha, sigma, tuple(rows), excess=dpm_excess(sigma, rows) if stochastic else 1e-9)
         rows = dpmpp(alpha, sigma, orders, eta=config.get("eta", 1.0) if stochastic else 0.0, **shape)
         return Table(alpha, sigma, tuple(rows))
