@@ -765,6 +765,17 @@ def test_no_step_reads_the_device(name, flow):
         assert kernels <= order + 3 + more + 2 * stochastic, kernels
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_tracked_errors_do_not_read_the_device_either(name):
+    scheduler, x = make(name, track_error=True), torch.empty(SHAPE, device="meta")
+    scheduler.set_timesteps(8, device="meta")
+    for t in scheduler.timesteps:
+        with DeviceReads() as count:
+            x = scheduler.step(x, t, x, variance_noise=torch.empty(SHAPE, device="meta"), return_dict=False)[0]
+        assert (count.reads, count.uploads) == (0, 0)
+    assert {str(error.device) for error in scheduler.errors if error is not None} == {"meta"}
+
+
 def test_the_counter_itself_sees_reads():
     """Diffusers' DDIM indexes a table with the timestep, which waits for the device: the counter must say so."""
     stock = diffusers.DDIMScheduler()

@@ -265,3 +265,117 @@ def tiny_latent_upscale(seed: int = 0) -> StableDiffusionLatentUpscalePipeline:
         scheduler=EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
     )
     return parts.quiet(StableDiffusionLatentUpscalePipeline(**components))
+
+
+def tiny_pixart(seed: int = 0) -> PixArtAlphaPipeline:
+    """A PixArt-alpha pipeline: a T5, epsilon and a learned variance in twice the channels, linear betas, DPM-Solver++."""
+    with parts.weights_from(seed):
+        tokenizer, text_encoder = parts.t5(width=WIDTH)
+        transformer = PixArtTransformer2DModel(
+            sample_size=LATENT_SIZE, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
+            num_attention_heads=2, cross_attention_dim=16, caption_channels=WIDTH,
+        ).eval()  # fmt: skip
+        vae = parts.vae(latent_channels=4)
+    components: dict[str, Any] = dict(text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=DPMSolverMultistepScheduler())
+    return parts.quiet(PixArtAlphaPipeline(tokenizer=tokenizer, **components))
+
+
+def tiny_dit(seed: int = 0) -> DiTPipeline:
+    """A DiT pipeline: 1000 classes, epsilon and a learned variance in twice the channels, linear betas, DDIM."""
+    with parts.weights_from(seed):
+        transformer = DiTTransformer2DModel(
+            sample_size=LATENT_SIZE, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8, num_attention_heads=2
+        ).eval()
+        vae = parts.vae(latent_channels=4)
+    components: dict[str, Any] = dict(transformer=transformer, vae=vae, scheduler=DDIMScheduler(clip_sample=False))
+    return parts.quiet(DiTPipeline(**components))
+
+
+def tiny_svd(seed: int = 0) -> StableVideoDiffusionPipeline:
+    """A Stable Video Diffusion pipeline: two frames from a picture, v prediction, karras sigmas from 700 to 0.002, Euler."""
+    frames, size_width, channels = 2, 4, 32  # these networks norm their channels in groups of 32
+    with parts.weights_from(seed):
+        vision = CLIPVisionConfig(
+            hidden_size=WIDTH, intermediate_size=WIDTH, projection_dim=WIDTH, num_hidden_layers=1, num_attention_heads=2,
+            image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // 2,
+        )  # fmt: skip
+        image_encoder = CLIPVisionModelWithProjection(vision).eval()
+        unet = UNetSpatioTemporalConditionModel(
+            sample_size=LATENT_SIZE, in_channels=8, out_channels=4, block_out_channels=(channels,) * 2, layers_per_block=1,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), num_attention_heads=2, cross_attention_dim=WIDTH,
+            addition_time_embed_dim=size_width, projection_class_embeddings_input_dim=3 * size_width, num_frames=frames,
+        ).eval()  # fmt: skip
+        vae = AutoencoderKLTemporalDecoder(
+            sample_size=IMAGE_SIZE, latent_channels=4, block_out_channels=(channels,) * 2, down_block_types=("DownEncoderBlock2D",) * 2
+        ).eval()
+    scheduler = EulerDiscreteScheduler(
+        **BETAS, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
+        timestep_spacing="leading", steps_offset=1,
+    )  # fmt: skip
+    crop: dict[str, Any] = dict(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    components: dict[str, Any] = dict(
+        image_encoder=image_encoder, unet=unet, vae=vae, scheduler=scheduler, feature_extractor=CLIPImageProcessor(**crop)
+    )
+    return parts.quiet(StableVideoDiffusionPipeline(**components))
+
+
+def tiny_audioldm2(seed: int = 0) -> AudioLDM2Pipeline:
+    """An AudioLDM2 pipeline without what turns prompts into embeddings, which it is called with: epsilon, DDIM.
+
+    The two language models are there, since the pipeline asks them for their dtype, and a vocoder, since it asks it for sizes.
+    """
+    groups: dict[str, Any] = dict(norm_num_groups=4)
+    with parts.weights_from(seed):
+        tokenizer_2, text_encoder_2 = parts.t5(width=WIDTH)
+        vocabulary = dict(vocab_size=8, bos_token_id=0, eos_token_id=0)
+        language_model = GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=1, n_head=2, n_positions=16, **vocabulary)).eval()
+        unet = AudioLDM2UNet2DConditionModel(
+            sample_size=LATENT_SIZE, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=(WIDTH, WIDTH), attention_head_dim=8, **groups,
+        ).eval()  # fmt: skip
+        vae = AutoencoderKL(
+            in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(8, 8), sample_size=IMAGE_SIZE, **groups,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ).eval()  # fmt: skip
+        vocoder = SpeechT5HifiGan(
+            SpeechT5HifiGanConfig(
+                model_in_dim=IMAGE_SIZE, upsample_initial_channel=8, upsample_rates=[2], upsample_kernel_sizes=[4],
+                resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], normalize_before=False,
+            )
+        ).eval()  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    components: dict[str, Any] = dict(
+        vae=vae, text_encoder=None, text_encoder_2=text_encoder_2, projection_model=None, language_model=language_model, tokenizer=None,
+        tokenizer_2=tokenizer_2, feature_extractor=None, unet=unet, scheduler=scheduler, vocoder=vocoder,
+    )  # fmt: skip
+    return parts.quiet(AudioLDM2Pipeline(**components))
+
+
+def tiny_latent_upscale(seed: int = 0) -> StableDiffusionLatentUpscalePipeline:
+    """A latent upscaler, to twice the size: preconditioned by the pipeline itself, Euler on sample predictions."""
+    noise_levels, channels = 128, 32  # of the pipeline; these blocks norm their channels in groups of 32
+    with parts.weights_from(seed):
+        tokenizer = parts.byte_tokenizer()
+        text_encoder = parts.clip(CLIPTextModel, tokenizer)
+        blocks: dict[str, Any] = dict(
+            block_out_channels=(channels,) * 2, down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+            up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"), mid_block_type=None, resnet_time_scale_shift="scale_shift",
+            time_embedding_type="fourier", timestep_post_act="gelu", act_fn="gelu", norm_num_groups=None, conv_in_kernel=1,
+            conv_out_kernel=1, layers_per_block=1, attention_head_dim=8, only_cross_attention=False,
+        )  # fmt: skip
+        unet = UNet2DConditionModel(
+            in_channels=8, out_channels=5, cross_attention_dim=WIDTH, time_cond_proj_dim=noise_levels + WIDTH, **blocks
+        ).eval()
+        vae = parts.vae(latent_channels=4)
+    components: dict[str, Any] = dict(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
+    )
+    return parts.quiet(StableDiffusionLatentUpscalePipeline(**components))
