@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
-    from .schedulers import DDIM, DDPM, LCM, DPMSolver, Euler, EulerAncestral, Heun, Row, Table, TableScheduler, UniPC
+    from .calibration import calibrate
+    from .schedulers import DDIM, DDPM, LCM, Calibrated, DPMSolver, Euler, EulerAncestral, Heun, Row, Table, TableScheduler, UniPC
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Imported on first use, so that ``import diffx`` stays cheap.
 _PUBLIC = {
+    "Calibrated": "diffx.schedulers",
     "DDIM": "diffx.schedulers",
     "DDPM": "diffx.schedulers",
     "DPMSolver": "diffx.schedulers",
@@ -24,8 +26,12 @@ _PUBLIC = {
     "Table": "diffx.schedulers",
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
+    "calibrate": "diffx.calibration",
 }
-__all__ = ["DDIM", "DDPM", "LCM", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC"]
+__all__ = [
+    "DDIM", "DDPM", "LCM", "Calibrated", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC",
+    "calibrate",
+]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
 setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # the module declares no such attribute

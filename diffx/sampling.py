@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .schedulers import Calibrated
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -42,6 +44,8 @@ def sample(
             raise ValueError(f"{name}={value} must be at least 1")
     if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(f"{type(pipe).__name__} takes no prompt; a text-to-image pipeline is needed")
+    if isinstance(pipe.scheduler, Calibrated):
+        pipe.scheduler.warn_of_misfits(pipe, guidance_scale)
     wanted = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     seeds = range(seed, seed + len(wanted))
     pixels = pipe(

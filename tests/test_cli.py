@@ -306,3 +306,22 @@ def test_exit_codes_and_streams_of_the_process(tmp_path):
 def test_debug_shows_where_it_came_from():
     for shown in (process("--debug", "plan", "--sampler", "UniPCC"), process("plan", "--sampler", "UniPCC", DIFFX_DEBUG="1")):
         assert shown.returncode == 1 and "Traceback" in shown.stderr and "ValueError" in shown.stderr
+
+
+# calibrate
+
+
+def test_calibrate_tells_its_cost_before_it_spends(tmp_path):
+    printed = good("calibrate", "--dry-run", "--num-inference-steps", 4, "--output", tmp_path / "sampler")
+    assert "reference" in printed and "total" in printed and not (tmp_path / "sampler").exists()
+    assert json.loads(good("calibrate", "--dry-run", "--json"))["reference"] == (64 + 32) * 64
+
+
+def test_calibrate_writes_a_sampler_for_the_other_commands(tmp_path):
+    words = ("--num-inference-steps", 3, "--num-samples", 8, "--num-held-out", 8, "--reference-steps", 8, "--iterations", 1)
+    printed = good("calibrate", *words, "--cache", tmp_path / "cache", "--output", tmp_path / "sampler")
+    assert "search" in printed and "learn" in printed and printed.strip().splitlines()[-1].startswith(f"sampler: {tmp_path / 'sampler'}")
+    good("sample", "rocket", "--sampler", tmp_path / "sampler", "--num-inference-steps", 3, "--output", tmp_path / "rocket.png")
+    assert Image.open(tmp_path / "rocket.png").size == (32, 32)
+    assert "calibrated for 3 steps" not in good("plan", "--sampler", tmp_path / "sampler", "--num-inference-steps", 3)
+    assert "at least 8" in refused("calibrate", "--num-samples", 2)

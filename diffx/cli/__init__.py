@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from . import compare, env, plan, sample
+from . import calibrate, compare, env, plan, sample
 
 
 class Commands(TyperGroup):
@@ -35,6 +35,7 @@ app.command("quickstart")(compare.quickstart)
 app.command("sample")(sample.sample)
 app.command("compare")(compare.compare)
 app.command("plan")(plan.plan)
+app.command("calibrate")(calibrate.calibrate)
 app.command("env")(env.env)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..schedulers import TableScheduler
+from ..schedulers import Calibrated, TableScheduler
 from .emoji import Evaluator
 from .metrics import Measure, psnr, rms
 from .report import Comparison, Result
@@ -82,6 +82,8 @@ def compare(
             for spec, n, role in plan:
                 bar.set_description(f"{spec}, {n} steps, guidance {scale:g}")
                 pipe.scheduler = copy.deepcopy(schedulers[spec])
+                if isinstance(pipe.scheduler, Calibrated):
+                    pipe.scheduler.warn_of_misfits(pipe, scale)
                 arguments = {"num_inference_steps": n, "guidance_scale": scale} | call_kwargs
                 run = _run(pipe, meter, wanted, seed, batch_size, arguments, f"{spec} at {n} steps and guidance {scale:g}")
                 goal = goal or run

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
-from ..schedulers import SAMPLERS
+from ..schedulers import SAMPLERS, Calibrated
 from ..schedulers.process import is_flow
 
 STOCK = "diffusers:"
@@ -42,7 +42,7 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
     saved = _saved_config(source)
     saved_class = saved.get("_class_name", "")
     saved_class = saved_class[-1] if isinstance(saved_class, list) else saved_class
-    known = class_names()
+    known = {**class_names(), Calibrated.__name__: Calibrated}  # which without a table is no sampler
     if saved_class not in known and STOCK + str(saved_class) not in known:
         raise ValueError(f"sampler {source!r}: its class {saved_class!r} is no scheduler of Diffusers or diffx, and no other code is run")
     cls = known[saved_class] if saved_class in known else known[STOCK + saved_class]

@@ -1,5 +1,6 @@
 """How to sample: every solver is a table of coefficients, stepped by one function, in Diffusers' scheduler contract."""
 
+from .calibrated import Calibrated, Calibration
 from .few_step import LCM
 from .multistep import DPMSolver
 from .one_step import DDIM, Euler
@@ -11,7 +12,7 @@ from .two_stage import Heun
 from .unipc import UniPC
 
 SAMPLERS = (DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC, LCM)
-for _sampler in SAMPLERS:
+for _sampler in (*SAMPLERS, Calibrated):
     _sampler.__module__ = "diffx"  # the name Diffusers writes into model_index.json, whatever file the class lives in
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "DDPM",
     "LCM",
     "SAMPLERS",
+    "Calibrated",
+    "Calibration",
     "Call",
     "DPMSolver",
     "Euler",

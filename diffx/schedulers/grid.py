@@ -112,6 +112,11 @@ def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def is_pipeline_default(sigmas: Sequence[float]) -> bool:
+    """Whether flow ``sigmas`` are 1 - i / N, i = 0 .. N - 1: what pipelines pass on when their user gave none."""
+    return len(sigmas) > 0 and np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)), rtol=0, atol=1e-6)
+
+
 def _spaced(process: Process, convention: Convention, config: Mapping[str, Any], steps: int) -> Grid:
     table = process.edm_sigmas
     assert table is not None

@@ -99,6 +99,10 @@ class TableScheduler(Configured):
         """The config in the words of ``grid``."""
         return self.config
 
+    def _make_grid(self, *wanted: Any) -> Grid:
+        """The grid of a run, one entry per interval, from the arguments of ``set_timesteps``."""
+        return make_grid(self._process, self.convention, self._grid_config(), *wanted)
+
     # --- before the run ---------------------------------------------------------------------------------------------
 
     def set_timesteps(
@@ -127,7 +131,7 @@ class TableScheduler(Configured):
     def _make_run_ready(self, device, *wanted: Any) -> None:
         self._grid = None  # a refused grid leaves no run behind
         self._process = self._make_process()  # read now: pipelines rewrite the config after construction
-        intervals = make_grid(self._process, self.convention, self._grid_config(), *wanted)
+        intervals = self._make_grid(*wanted)
         self.num_inference_steps = len(intervals.t)
         grid = intervals.per_call(self.order)
         flow = self._process.frame == "flow"

@@ -48,6 +48,7 @@ class Table:
     sigma: np.ndarray  # (K + 1,) float64
     rows: tuple[Row, ...]  # K
     excess: float = 1e-9  # larger only for methods that leave the marginal by their own definition
+    known: int = 0  # x0 predictions that were made before this table, which continues a run
 
     def __post_init__(self) -> None:
         calls = len(self.rows)
@@ -56,7 +57,7 @@ class Table:
         # On data that is one point everything is a vector over (that point, the first noise, each draw).
         x0, first, *draws = np.eye(2 + sum(row.noise != 0 for row in self.rows))
         anchor = x = self.alpha[0] * x0 + self.sigma[0] * first
-        history: list[np.ndarray] = []
+        history = [x0] * self.known
         for k, row in enumerate(self.rows):
             if row.kept != KEEP_X0 and not (len(row.kept) == 2 and any(row.kept) and all(map(math.isfinite, row.kept))):
                 raise ValueError(f"row {k} keeps {row.kept}; kept is two finite numbers, not both 0: weights of the sample and of its x0")
