@@ -681,6 +681,84 @@ def test_dpm_on_noise_predictions_ends_at_zero_where_stock_does_not():
         diffx.DPMSolver(algorithm_type="dpm")
 
 
+# ---------------------------------------------------------------------------------------------- DEIS and LMS
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"),
+                         [case for case in cases(SPACINGS | SIGMA_GRIDS) if case.values[0] not in ("zero_snr", "cosine")])  # fmt: skip
+def test_deis(betas, grid, prediction_type, order):
+    """Without zero terminal SNR, which stock has not, and cosine betas, whose sigmas of 2e4 it rounds to float32."""
+    stock = diffusers.DEISMultistepScheduler(
+        solver_order=order, prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid]
+    )
+    ours = diffx.DEIS.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        if order == 3:  # its antiderivatives in rho (log rho)^2 cancel: 6e-5 in float32 at 50 steps
+            stock.sigmas = torch.tensor(ours._grid.sigmas)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_lowers_the_order_as_stock_does(order):
+    for lower in (True, False):
+        stock = diffusers.DEISMultistepScheduler(solver_order=order, lower_order_final=lower, **SCALED)
+        ours = diffx.DEIS.from_config(stock.config)
+        for num_steps in (1, 2, 3, 14, 15):
+            stock.set_timesteps(num_steps)
+            ours.set_timesteps(num_steps)
+            assert_parity(ours, stock)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_on_flow_but_for_the_last_step(order):
+    """Stock stops at its last sigma, ours goes on to zero: compared where both are before it, on stock's grid."""
+    stock = diffusers.DEISMultistepScheduler(solver_order=order, flow_shift=3.0, **FLOW)
+    ours = diffx.DEIS.from_config(stock.config, flow_shift=1.0)
+    for num_steps in (5, 9, 20):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(sigmas=stock.sigmas[:-1].tolist())
+        stock.sigmas = stock.sigmas.double()  # 1 - sigma begins at 3e-4
+        ends = []
+        for scheduler in (ours, stock):
+            told, kept = iter(stock.timesteps.tolist()), []
+            denoise(scheduler, lambda x, t: network(x, next(told)), noise(), edit=lambda k, x: kept.append(x) or x)  # noqa: B023
+            ends.append(kept[num_steps - 3])  # the order is lowered after this one
+        assert_same(*ends)
+
+
+def test_deis_is_an_ode():
+    ours = diffx.DEIS.from_config(diffusers.DPMSolverMultistepScheduler(**SCALED).config)  # any word of an ODE is read as deis
+    ours.set_timesteps(6)
+    with pytest.raises(ValueError, match=r"algorithm_type='sde-dpmsolver\+\+' has noise, and DEIS is an ODE's; use DPMSolver"):
+        diffx.DEIS(algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ValueError, match="stock_third_order=True is for DPMSolver"):
+        diffx.DEIS(stock_third_order=True)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"),
+                         [case for case in cases(SPACINGS | SIGMA_GRIDS) if case.values[0] not in ("zero_snr", "cosine")])  # fmt: skip
+def test_lms(betas, grid, prediction_type, order):
+    """As for DEIS. The order is an argument of stock's step, which integrates its coefficients numerically to 1e-4 of each."""
+    stock = diffusers.LMSDiscreteScheduler(prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid])
+    ours = diffx.LMS.from_config(stock.config, solver_order=order)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_same_steps(ours, stock, order)
+
+
+def assert_same_steps(ours, stock, order):
+    stock.sigmas = torch.tensor(ours._grid.sigmas)
+    ends, start = [], noise() * float(ours.init_noise_sigma)
+    for scheduler, options in ((ours, {}), (stock, dict(order=order))):
+        ends.append(denoise(scheduler, network, start, **options))
+    assert_same(*ends, f"with {len(stock.timesteps)} calls")
+
+
 # ---------------------------------------------------------------------------------------------- UniPC
 
 UNIPC_SOLVERS = {f"{kind}-{order}": dict(solver_type=kind, solver_order=order) for kind in ("bh1", "bh2") for order in (1, 2, 3)}

@@ -26,7 +26,7 @@ def dpmpp(
     """One row per interval of DPM-Solver++(1M/2M/3M), of its SDE form, or of one in between.
 
     The x0 predictions are a polynomial in the half-log-SNR lam, integrated exactly against the linear part (order 2
-    "midpoint" replaces psi_2 by psi_1 / 2).
+    "midpoint" replaces psi_2 by psi_1 / 2). With "heun" this is also what is called RES (2M, 3M): the same exact integrals.
 
     Source: Lu et al. 2022 (arXiv:2211.01095) algorithm 2 and, for the SDE, its section on SDE-DPM-Solver++.
 
@@ -198,6 +198,12 @@ class DPMSolver(
         if eta != 1 and config.algorithm_type != "sde-dpmsolver++":
             raise ValueError(f'eta={eta} needs algorithm_type="sde-dpmsolver++"; {config.algorithm_type!r} has no such share')
 
+    def _method(self) -> tuple[str, str]:
+        """The algorithm_type and solver_type that are meant."""
+        # from_config may bring another class's word, which the twin reads as midpoint too.
+        solver_type = self.config.solver_type
+        return self.config.algorithm_type, "midpoint" if solver_type in ("logrho", "bh1", "bh2") else solver_type
+
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         config, calls = self.config, len(sigma) - 1
         lowered = config.lower_order_final and calls < 15  # the twin's rule, decided by the full length
@@ -206,14 +212,31 @@ class DPMSolver(
             orders[-1] = 1
         if lowered and len(orders) > 1:
             orders[-2] = min(orders[-2], 2)
-        alpha, sigma, stochastic = alpha[begin:], sigma[begin:], config.algorithm_type.startswith("sde")
-        shape: dict[str, Any] = dict(
-            # from_config may bring another class's word, which the twin reads as midpoint too.
-            solver_type="midpoint" if config.solver_type in ("logrho", "bh1", "bh2") else config.solver_type,
-            stock_third_order=bool(config.get("stock_third_order")),
-        )
-        if config.algorithm_type.endswith("dpmsolver"):
+        algorithm_type, solver_type = self._method()
+        alpha, sigma, stochastic = alpha[begin:], sigma[begin:], algorithm_type.startswith("sde")
+        shape: dict[str, Any] = dict(solver_type=solver_type, stock_third_order=bool(config.get("stock_third_order")))
+        if algorithm_type.endswith("dpmsolver"):
             rows = dpm(alpha, sigma, orders, stochastic=stochastic, **shape)
             return Table(alpha, sigma, tuple(rows), excess=dpm_excess(sigma, rows) if stochastic else 1e-9)
         rows = dpmpp(alpha, sigma, orders, eta=config.get("eta", 1.0) if stochastic else 0.0, **shape)
         return Table(alpha, sigma, tuple(rows))
+
+
+class DEIS(DPMSolver, options=dict(algorithm_type="deis", solver_type="logrho", final_sigmas_type="sigma_min")):
+    """DEIS of order 1, 2 or 3, the drop-in for ``DEISMultistepScheduler``; on flow models it ends at zero, which Diffusers' does not.
+
+    Its polynomial of the noise in log(sigma / alpha) is one in lam, so that it is DPM-Solver with every integral exact:
+    ``dpm(..., solver_type="heun")``. By default the last sigma is that of the first train time, as in Diffusers.
+
+    Source: Zhang and Chen 2022 (arXiv:2204.13902).
+    """
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.config.algorithm_type.startswith("sde"):
+            raise ValueError(f"algorithm_type={self.config.algorithm_type!r} has noise, and DEIS is an ODE's; use DPMSolver")
+        if self.config.get("stock_third_order"):
+            raise ValueError("stock_third_order=True is for DPMSolver; Diffusers' third order of DEIS is right")
+
+    def _method(self) -> tuple[str, str]:
+        return "dpmsolver", "heun"

@@ -224,7 +224,7 @@ class TableScheduler(Configured):
             if not sample.ndim:
                 raise ValueError(
                     f"this pipeline does sums with sigmas of samples x0 + sigma noise, as StableDiffusionLatentUpscalePipeline does, "
-                    f"and {type(self).__name__} has other samples: diffx.Euler, EulerAncestral and Heun fit"
+                    f"and {type(self).__name__} has other samples: diffx.Euler, EulerAncestral, Heun and LMS fit"
                 )
             return sample
         return self._scaled(sample, timestep)
@@ -388,7 +388,7 @@ class TableScheduler(Configured):
         if scaled is not None and scaled() is x:
             raise ValueError(
                 f"step() was given what scale_model_input() returned, as DiTPipeline does it, but {type(self).__name__} steps from the "
-                "sample before it was scaled: such a pipeline needs a scheduler that scales nothing, diffx.DDIM, DDPM, DPMSolver or UniPC"
+                "sample before it was scaled: such a pipeline needs one that scales nothing: diffx.DDIM, DDPM, DPMSolver, DEIS or UniPC"
             )
         if self.config.get("variance_type") in ("learned", "learned_range") and out.shape[1] == 2 * x.shape[1]:
             out = out[:, : x.shape[1]]
