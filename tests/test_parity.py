@@ -684,6 +684,7 @@ def test_dpm_on_noise_predictions_ends_at_zero_where_stock_does_not():
 # ---------------------------------------------------------------------------------------------- DEIS and LMS
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # stock hands tensors to NumPy
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("betas", "grid", "prediction_type"),
                          [case for case in cases(SPACINGS | SIGMA_GRIDS) if case.values[0] not in ("zero_snr", "cosine")])  # fmt: skip
@@ -701,6 +702,7 @@ def test_deis(betas, grid, prediction_type, order):
         assert_parity(ours, stock)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # stock hands tensors to NumPy
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis_lowers_the_order_as_stock_does(order):
     for lower in (True, False):
@@ -712,6 +714,7 @@ def test_deis_lowers_the_order_as_stock_does(order):
             assert_parity(ours, stock)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # stock hands tensors to NumPy
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis_on_flow_but_for_the_last_step(order):
     """Stock stops at its last sigma, ours goes on to zero: compared where both are before it, on stock's grid."""
