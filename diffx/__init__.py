@@ -8,7 +8,22 @@ import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from .calibration import calibrate
-    from .schedulers import DDIM, DDPM, LCM, Calibrated, DPMSolver, Euler, EulerAncestral, Heun, Row, Table, TableScheduler, UniPC
+    from .schedulers import (
+        DDIM,
+        DDPM,
+        DEIS,
+        LCM,
+        LMS,
+        Calibrated,
+        DPMSolver,
+        Euler,
+        EulerAncestral,
+        Heun,
+        Row,
+        Table,
+        TableScheduler,
+        UniPC,
+    )  # fmt: skip
 
 __version__ = "0.1.0"
 
@@ -17,8 +32,10 @@ _PUBLIC = {
     "Calibrated": "diffx.schedulers",
     "DDIM": "diffx.schedulers",
     "DDPM": "diffx.schedulers",
+    "DEIS": "diffx.schedulers",
     "DPMSolver": "diffx.schedulers",
     "LCM": "diffx.schedulers",
+    "LMS": "diffx.schedulers",
     "Euler": "diffx.schedulers",
     "EulerAncestral": "diffx.schedulers",
     "Heun": "diffx.schedulers",
@@ -29,8 +46,8 @@ _PUBLIC = {
     "calibrate": "diffx.calibration",
 }
 __all__ = [
-    "DDIM", "DDPM", "LCM", "Calibrated", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler", "UniPC",
-    "calibrate",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler",
+    "UniPC", "calibrate",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

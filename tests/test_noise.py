@@ -8,7 +8,7 @@ import torch
 
 import diffx
 from diffx.oracle import Gaussian, finite_data
-from diffx.schedulers.multistep import dpmpp
+from diffx.schedulers.multistep import dpm, dpm_excess, dpmpp
 from diffx.schedulers.noise import keyed_normal, seeds_of
 from diffx.schedulers.one_step import ddim
 from diffx.schedulers.stochastic import ddpm, flow_ancestral
@@ -164,7 +164,16 @@ STOCHASTIC = {
     "ancestral": lambda a, s: flow_ancestral(s) if a[0] < 1 else ddim(a, s, eta=1.0),
     "ancestral_eta0.5": lambda a, s: flow_ancestral(s, eta=0.5) if a[0] < 1 else ddim(a, s, eta=0.5),
 }
+# These leave the levels of the grid at finite steps, by their own definition, see below.
+LEAVING = {f"sde_eps{order}": lambda a, s, order=order: dpm(a, s, [min(i + 1, order) for i in range(len(a) - 1)], stochastic=True)
+           for order in (1, 2, 3)}  # fmt: skip
+LEAVING_CASES = [(name, frame) for name in LEAVING for frame in ("vp", "flow")]
 CASES = [(name, frame) for name in STOCHASTIC for frame in (("ve", "flow") if "ancestral" in name else ("vp", "flow"))]
+
+
+def table_of(name, alpha, sigma):
+    rows = (STOCHASTIC | LEAVING)[name](alpha, sigma)
+    return Table(alpha, sigma, tuple(rows), excess=dpm_excess(sigma, rows) if name in LEAVING else 1e-9)
 
 
 def particles(table, data, n, seed):
@@ -204,25 +213,25 @@ def exact_variance(table, std):
         yield x.square().sum().item()
 
 
-@pytest.mark.parametrize(("name", "frame"), CASES)
+@pytest.mark.parametrize(("name", "frame"), CASES + LEAVING_CASES)
 def test_sampled_variance_is_the_analytic_one(name, frame):
     """Six coarse steps on Gaussian data: the spread of 40000 samples after each row, within 3 standard errors."""
     std, n = 0.8, 40000
     alpha, sigma = levels(frame, 6)
-    table = Table(alpha, sigma, tuple(STOCHASTIC[name](alpha, sigma)))
+    table = table_of(name, alpha, sigma)
     want = list(exact_variance(table, std))
     for k, x in enumerate(particles(table, Gaussian(torch.zeros(1, dtype=torch.float64), std), n, seed=3)):
         assert abs(x.mean().item()) < 3 * math.sqrt(want[k] / n)
         assert abs(x.var().item() / want[k] - 1) < 3 * math.sqrt(2 / n)
 
 
-@pytest.mark.parametrize(("name", "frame"), CASES)
+@pytest.mark.parametrize(("name", "frame"), CASES + LEAVING_CASES)
 def test_fine_grids_reach_the_variance_of_the_data(name, frame):
     """The analytic variance tends to the marginal's: its error falls at least like the step, and is gone when extrapolated to step 0."""
     std, errors = 0.8, []
     for num_steps in (200, 400):
         alpha, sigma = levels(frame, num_steps)
-        *_, end = exact_variance(Table(alpha, sigma, tuple(STOCHASTIC[name](alpha, sigma))), std)
+        *_, end = exact_variance(table_of(name, alpha, sigma), std)
         errors.append(end / (alpha[-1] ** 2 * std**2 + sigma[-1] ** 2) - 1)
     assert abs(errors[1]) < 0.6 * abs(errors[0]), errors
     assert abs(2 * errors[1] - errors[0]) < 1e-3, errors  # what is left is of second order: (0.02)^2
@@ -259,6 +268,43 @@ def test_ddpms_large_variance_is_that_of_the_forward_step(frame):
         on_x, on_x0 = (a0 / a1) * s1**2 / s0**2, a1 * beta / s0**2
         variance = (on_x + on_x0 * shrink(a0, s0, std)) ** 2 * variance + beta
         assert got[k] == pytest.approx(variance, rel=1e-12)
+
+
+@pytest.mark.parametrize("frame", ["vp", "flow"])
+def test_the_sde_on_noise_predictions_leaves_the_levels_by_its_own_formula(frame):
+    """One-point data, x' = (a1 / a0) x - 2 s1 (e^h - 1) eps + s1 sqrt(e^2h - 1) z: the mean is kept, the variance is not."""
+    alpha, sigma = levels(frame, 6)
+    with pytest.raises(ValueError, match="row 0 lands on alpha="):
+        Table(alpha, sigma, tuple(LEAVING["sde_eps1"](alpha, sigma)))
+    growth = np.exp(np.diff(np.log(alpha / sigma)))  # e^h
+    want, variance = [], sigma[0] ** 2
+    for s0, s1, g in zip(sigma, sigma[1:], growth, strict=False):
+        variance = (s1 / s0 * (2 - g)) ** 2 * variance + s1**2 * (g**2 - 1)
+        want.append(variance)
+    assert want[0] == pytest.approx(sigma[1] ** 2 * (1 + 2 * (growth[0] - 1) ** 2), rel=1e-12)
+    for name in LEAVING:
+        table, got = table_of(name, alpha, sigma), []
+        for k, x in enumerate(particles(table, finite_data(torch.tensor([[1.3]], dtype=torch.float64)), 40000, seed=2)):
+            got.append(x.var().item())
+            assert abs(x.mean().item() - alpha[k + 1] * 1.3) < 4 * (got[k] / 40000) ** 0.5  # 4 standard errors
+        exact = list(exact_variance(table, 0.0))  # of the point 0
+        np.testing.assert_allclose(got, exact, rtol=4 * math.sqrt(2 / 40000))
+        if name == "sde_eps1":
+            np.testing.assert_allclose(exact, want, rtol=1e-12)
+        assert np.abs(exact - sigma[1:] ** 2).max() <= table.excess
+
+
+def test_a_perfect_model_leads_the_sde_on_noise_predictions_to_its_point():
+    """The last step is x0, whatever the steps before left; float64, since the first ones multiply what is there by e^h."""
+    data, draw = finite_data(torch.full((1, 1, 2, 2), 0.7, dtype=torch.float64)), rng(1)
+    for order in (1, 2, 3):
+        scheduler = diffx.DPMSolver(algorithm_type="sde-dpmsolver", solver_order=order)
+        scheduler.set_timesteps(7)
+        x = torch.randn(2, 1, 2, 2, generator=draw, dtype=torch.float64)
+        for t, call in zip(scheduler.timesteps, scheduler.plan().calls, strict=True):
+            out = data.predict(x, 1 / math.hypot(1, call.sigma), call.sigma / math.hypot(1, call.sigma), "epsilon")
+            x = scheduler.step(out, t, x, generator=draw).prev_sample
+        assert (x - 0.7).abs().max() < 1e-10
 
 
 def test_boundary_scaling_leaves_the_marginal_by_what_the_table_states():

@@ -14,7 +14,8 @@ import torch
 
 import diffx
 from diffx.oracle import Gaussian
-from diffx.schedulers.multistep import dpmpp
+from diffx.schedulers.derivative import adams_bashforth
+from diffx.schedulers.multistep import dpm, dpmpp
 from diffx.schedulers.one_step import ddim
 from diffx.schedulers.table import Row, State, Table, advance
 from diffx.schedulers.two_stage import heun
@@ -61,6 +62,14 @@ SOLVERS = {
     "dpm2_heun": lambda a, s: dpmpp(a, s, growing(2, len(a) - 1), solver_type="heun"),
     "dpm3": lambda a, s: dpmpp(a, s, growing(3, len(a) - 1)),
     "dpm3_stock": lambda a, s: dpmpp(a, s, growing(3, len(a) - 1), stock_third_order=True),
+    "eps1": lambda a, s: dpm(a, s, growing(1, len(a) - 1)),
+    "eps2": lambda a, s: dpm(a, s, growing(2, len(a) - 1)),
+    "eps2_heun": lambda a, s: dpm(a, s, growing(2, len(a) - 1), solver_type="heun"),
+    "eps3": lambda a, s: dpm(a, s, growing(3, len(a) - 1)),
+    "eps3_stock": lambda a, s: dpm(a, s, growing(3, len(a) - 1), stock_third_order=True),
+    "ab2": lambda a, s: adams_bashforth(s, growing(2, len(a) - 1)),
+    "ab3": lambda a, s: adams_bashforth(s, growing(3, len(a) - 1)),
+    "ab4": lambda a, s: adams_bashforth(s, growing(4, len(a) - 1)),
 } | {
     f"unipc{order}_{kind}": lambda a, s, order=order, kind=kind, given=given: unipc(
         a, s, growing(order, len(a) - 1), solver_type=kind, uncorrected=given
@@ -77,6 +86,14 @@ ORDERS = {
     "dpm2_heun": (1.8, 2.2),
     "dpm3": (2.7, 3.8),
     "dpm3_stock": (1.8, 2.2),  # what Diffusers' half D2 term costs
+    "eps1": (0.8, 1.2),
+    "eps2": (1.8, 2.2),
+    "eps2_heun": (1.8, 2.2),
+    "eps3": (2.7, 3.2),
+    "eps3_stock": (1.8, 2.2),
+    "ab2": (1.8, 2.2),
+    "ab3": (2.8, 3.2),
+    "ab4": (3.8, 4.2),
     "unipc1_bh1": (1.8, 2.2),
     "unipc1_bh2": (1.8, 2.2),
     "unipc2_bh1": (2.8, 3.2),
@@ -84,6 +101,8 @@ ORDERS = {
     "unipc3_bh1": (3.5, 4.5),
     "unipc3_bh2": (3.5, 4.5),
 }
+# Errors of these change sign between 48 and 256 steps on some of the data (slopes there: 2.2 to 3.9).
+FINER = dict.fromkeys(("eps3", "ab3"), (400, 600, 900, 1350))
 
 
 def start_of(data, alpha, sigma):
@@ -116,13 +135,17 @@ def slope(errors, num_steps=NUM_STEPS):
 @pytest.mark.parametrize("name", GAUSSIANS)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_order_of_solver_function(solver, name, frame):
-    make, (lowest, highest) = SOLVERS[solver], ORDERS[solver]
+    if solver.startswith("ab") and frame == "vp":
+        pytest.skip("dx/dsigma is (x - x0) / sigma at alpha = 1 and alpha = 1 - sigma only")
+    make, (lowest, highest), num_steps = SOLVERS[solver], ORDERS[solver], FINER.get(solver, NUM_STEPS)
+    exact = next((p - 1 for p in (4, 3) if str(p) in solver), 0)
     errors = []
-    for n in NUM_STEPS:
+    for n in num_steps:
         alpha, sigma = levels(frame, n)
-        errors.append(error_of_table(GAUSSIANS[name], alpha, sigma, make(alpha, sigma), exact=2 if "3" in solver else 0))
+        errors.append(error_of_table(GAUSSIANS[name], alpha, sigma, make(alpha, sigma), exact))
     assert min(errors) > 1e-13, "below rounding no slope can be read"
-    assert lowest <= slope(errors) <= highest, f"order {slope(errors):.2f}, errors {errors}"
+    measured = slope(errors, num_steps)
+    assert lowest <= measured <= highest, f"order {measured:.2f}, errors {errors}"
 
 
 CLASSES = {

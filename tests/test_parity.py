@@ -606,6 +606,162 @@ def test_dpm_flow(solver, shift):
         assert_parity(ours, stock, times=stock.timesteps.clone(), seed=3 if solver.startswith("sde") else None)
 
 
+# The noise predictions as the polynomial. Stock refuses to end them at zero, and its SDE form has no third order.
+EPS_SOLVERS = {
+    f"{kind}{order}": dict(solver_order=order, algorithm_type=kind, final_sigmas_type="sigma_min")
+    for kind, orders in (("dpmsolver", (1, 2, 3)), ("sde-dpmsolver", (1, 2)))
+    for order in orders
+}
+
+
+def eps_seed(solver):
+    return 3 if solver.startswith("sde") else None
+
+
+class Float64DPM(diffusers.DPMSolverMultistepScheduler):
+    """The stock class without its rounding of samples and levels to float32, which pure noise multiplies by 1 / alpha = 4096."""
+
+    def convert_model_output(self, model_output, *args, sample=None, **kwargs):
+        self.wide = sample
+        return super().convert_model_output(model_output, *args, sample=sample, **kwargs)
+
+    def dpm_solver_first_order_update(self, *args, sample=None, **kwargs):
+        return super().dpm_solver_first_order_update(*args, sample=self.wide, **kwargs)
+
+    def multistep_dpm_solver_second_order_update(self, *args, sample=None, **kwargs):
+        return super().multistep_dpm_solver_second_order_update(*args, sample=self.wide, **kwargs)
+
+    def multistep_dpm_solver_third_order_update(self, *args, sample=None, **kwargs):
+        return super().multistep_dpm_solver_third_order_update(*args, sample=self.wide, **kwargs)
+
+
+@pytest.mark.parametrize("solver", EPS_SOLVERS)
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), cases(SPACINGS | {"karras": dict(use_karras_sigmas=True)}))
+def test_dpm_on_noise_predictions(betas, grid, prediction_type, solver):
+    cls = Float64DPM if betas == "zero_snr" else diffusers.DPMSolverMultistepScheduler
+    stock = cls(
+        prediction_type=prediction_type, **EPS_SOLVERS[solver], **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid],
+        euler_at_final=grid == "karras",  # those end on sigma_min twice: a last step of 0, at which stock's higher orders are 0 / 0
+    )  # fmt: skip
+    ours = diffx.DPMSolver.from_config(stock.config, stock_third_order=True)
+    if solver.startswith("sde") and betas in ("zero_snr", "cosine") and grid != "leading":
+        with pytest.raises(ValueError, match="the noise of sde-dpmsolver grows without bound from pure noise"):
+            ours.set_timesteps(4)
+        return
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        if betas == "zero_snr":
+            stock.sigmas = torch.tensor([call.sigma for call in ours.plan().calls] + [stock.sigmas[-1]], dtype=torch.float64)
+        truncated = betas == "cosine" and "karras" in grid  # as above
+        assert_parity(ours, stock, times=stock.timesteps.clone() if truncated else None, seed=eps_seed(solver))
+
+
+@pytest.mark.parametrize("solver", EPS_SOLVERS)
+@pytest.mark.parametrize("lower_order_final", [True, False])
+@pytest.mark.parametrize("options", [dict(), dict(solver_type="heun"), dict(euler_at_final=True)], ids=["midpoint", "heun", "euler"])
+def test_dpm_on_noise_predictions_types_and_final_steps(solver, lower_order_final, options):
+    stock, ours = dpm_pair(lower_order_final=lower_order_final, **options, **EPS_SOLVERS[solver], **SCALED)
+    for run in (*(dict(num_inference_steps=n) for n in (1, 2, 3, 14, 15)), dict(timesteps=[999, 812, 600, 405, 111, 7])):
+        stock.set_timesteps(**run)
+        ours.set_timesteps(**run)
+        assert_parity(ours, stock, seed=eps_seed(solver))
+
+
+def test_dpm_on_noise_predictions_ends_at_zero_where_stock_does_not():
+    with pytest.raises(ValueError, match="is not supported for `algorithm_type` dpmsolver"):
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", **SCALED)
+    ours = diffx.DPMSolver(algorithm_type="dpmsolver", **SCALED)
+    ours.set_timesteps(6)
+    assert ours.sigmas[-1] == 0 and ours.plan().calls[-1].sample == (0, 1) and ours.plan().calls[-1].kept == (0, 1)  # its x0
+    stock = diffusers.DPMSolverMultistepScheduler(**EPS_SOLVERS["sde-dpmsolver2"], **SCALED)
+    back = diffusers.DPMSolverMultistepScheduler.from_config(diffx.DPMSolver.from_config(stock.config).config)
+    assert dict(back.config) == dict(stock.config)
+    with pytest.raises(ValueError, match=r"algorithm_type='dpm' is not one of dpmsolver\+\+, sde-dpmsolver\+\+, dpmsolver, sde-dpmsolver"):
+        diffx.DPMSolver(algorithm_type="dpm")
+
+
+# ---------------------------------------------------------------------------------------------- DEIS and LMS
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # stock hands tensors to NumPy
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"),
+                         [case for case in cases(SPACINGS | SIGMA_GRIDS) if case.values[0] not in ("zero_snr", "cosine")])  # fmt: skip
+def test_deis(betas, grid, prediction_type, order):
+    """Without zero terminal SNR, which stock has not, and cosine betas, whose sigmas of 2e4 it rounds to float32."""
+    stock = diffusers.DEISMultistepScheduler(
+        solver_order=order, prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid]
+    )
+    ours = diffx.DEIS.from_config(stock.config)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        if order == 3:  # its antiderivatives in rho (log rho)^2 cancel: 6e-5 in float32 at 50 steps
+            stock.sigmas = torch.tensor(ours._grid.sigmas)
+        assert_parity(ours, stock)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # stock hands tensors to NumPy
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_lowers_the_order_as_stock_does(order):
+    for lower in (True, False):
+        stock = diffusers.DEISMultistepScheduler(solver_order=order, lower_order_final=lower, **SCALED)
+        ours = diffx.DEIS.from_config(stock.config)
+        for num_steps in (1, 2, 3, 14, 15):
+            stock.set_timesteps(num_steps)
+            ours.set_timesteps(num_steps)
+            assert_parity(ours, stock)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # stock hands tensors to NumPy
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_on_flow_but_for_the_last_step(order):
+    """Stock stops at its last sigma, ours goes on to zero: compared where both are before it, on stock's grid."""
+    stock = diffusers.DEISMultistepScheduler(solver_order=order, flow_shift=3.0, **FLOW)
+    ours = diffx.DEIS.from_config(stock.config, flow_shift=1.0)
+    for num_steps in (5, 9, 20):
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(sigmas=stock.sigmas[:-1].tolist())
+        stock.sigmas = stock.sigmas.double()  # 1 - sigma begins at 3e-4
+        ends = []
+        for scheduler in (ours, stock):
+            told, kept = iter(stock.timesteps.tolist()), []
+            denoise(scheduler, lambda x, t: network(x, next(told)), noise(), edit=lambda k, x: kept.append(x) or x)  # noqa: B023
+            ends.append(kept[num_steps - 3])  # the order is lowered after this one
+        assert_same(*ends)
+
+
+def test_deis_is_an_ode():
+    ours = diffx.DEIS.from_config(diffusers.DPMSolverMultistepScheduler(**SCALED).config)  # any word of an ODE is read as deis
+    ours.set_timesteps(6)
+    with pytest.raises(ValueError, match=r"algorithm_type='sde-dpmsolver\+\+' has noise, and DEIS is an ODE's; use DPMSolver"):
+        diffx.DEIS(algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ValueError, match="stock_third_order=True is for DPMSolver"):
+        diffx.DEIS(stock_third_order=True)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"),
+                         [case for case in cases(SPACINGS | SIGMA_GRIDS) if case.values[0] not in ("zero_snr", "cosine")])  # fmt: skip
+def test_lms(betas, grid, prediction_type, order):
+    """As for DEIS. The order is an argument of stock's step, which integrates its coefficients numerically to 1e-4 of each."""
+    stock = diffusers.LMSDiscreteScheduler(prediction_type=prediction_type, **BETAS[betas], **(SPACINGS | SIGMA_GRIDS)[grid])
+    ours = diffx.LMS.from_config(stock.config, solver_order=order)
+    for num_steps in STEPS:
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(num_steps)
+        assert_same_steps(ours, stock, order)
+
+
+def assert_same_steps(ours, stock, order):
+    stock.sigmas = torch.tensor(ours._grid.sigmas)
+    ends, start = [], noise() * float(ours.init_noise_sigma)
+    for scheduler, options in ((ours, {}), (stock, dict(order=order))):
+        ends.append(denoise(scheduler, network, start, **options))
+    assert_same(*ends, f"with {len(stock.timesteps)} calls")
+
+
 # ---------------------------------------------------------------------------------------------- UniPC
 
 UNIPC_SOLVERS = {f"{kind}-{order}": dict(solver_type=kind, solver_order=order) for kind in ("bh1", "bh2") for order in (1, 2, 3)}
@@ -672,6 +828,7 @@ PAIRS = {
     "DPM2": lambda: (diffusers.DPMSolverMultistepScheduler(**SCALED), diffx.DPMSolver, {}),
     "DPM3": lambda: (diffusers.DPMSolverMultistepScheduler(solver_order=3, **SCALED), diffx.DPMSolver, dict(stock_third_order=True)),
     "SDE2": lambda: (diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **SCALED), diffx.DPMSolver, {}),
+    "Eps2": lambda: (diffusers.DPMSolverMultistepScheduler(**EPS_SOLVERS["dpmsolver2"], **SCALED), diffx.DPMSolver, {}),
     "UniPC1": lambda: (diffusers.UniPCMultistepScheduler(solver_order=1, **SCALED), diffx.UniPC, {}),
     "UniPC2": lambda: (diffusers.UniPCMultistepScheduler(**SCALED), diffx.UniPC, {}),
     "UniPC3": lambda: (diffusers.UniPCMultistepScheduler(solver_order=3, **SCALED), diffx.UniPC, {}),

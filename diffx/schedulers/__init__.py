@@ -1,8 +1,9 @@
 """How to sample: every solver is a table of coefficients, stepped by one function, in Diffusers' scheduler contract."""
 
 from .calibrated import Calibrated, Calibration
+from .derivative import LMS
 from .few_step import LCM
-from .multistep import DPMSolver
+from .multistep import DEIS, DPMSolver
 from .one_step import DDIM, Euler
 from .plan import Call, Plan
 from .scheduler import StepOutput, TableScheduler
@@ -11,14 +12,16 @@ from .table import Row, State, Table, advance
 from .two_stage import Heun
 from .unipc import UniPC
 
-SAMPLERS = (DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC, LCM)
+SAMPLERS = (DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC, DEIS, LMS, LCM)
 for _sampler in (*SAMPLERS, Calibrated):
     _sampler.__module__ = "diffx"  # the name Diffusers writes into model_index.json, whatever file the class lives in
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
     "LCM",
+    "LMS",
     "SAMPLERS",
     "Calibrated",
     "Calibration",

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from .error import planned_errors
 from .grid import Grid
 from .table import KEEP_X0, Table
 
@@ -21,6 +22,7 @@ class Call:
     anchor: tuple[float, ...] | None  # the same for an anchor of its own, where one is kept
     noise: float  # standard deviation of the fresh noise
     kept: tuple[float, float]  # weights of (sample, x0) in what is kept of this call; (0, 1) is its x0
+    error: float | None  # of this step on normal data of std 0.5, estimated, relative to the sample there; see ``error``
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Plan:
         return {"scheduler": self.scheduler, "nfe": len(self), "calls": calls}
 
     def __str__(self) -> str:
-        head = f"{'k':>3} {'t':>9} {'sigma':>10} {'lambda':>8} {'noise':>8}  next sample = anchor, newest x0, older x0 ..."
+        head = f"{'k':>3} {'t':>9} {'sigma':>10} {'lambda':>8} {'noise':>8} {'error':>7}  next sample = anchor, newest x0, older x0 ..."
         lines = [
-            f"{c.k:>3} {c.t:>9.3f} {c.sigma:>10.5f} {c.lam:>8.3f} {c.noise:>8.4f}  "
+            f"{c.k:>3} {c.t:>9.3f} {c.sigma:>10.5f} {c.lam:>8.3f} {c.noise:>8.4f} "
+            + ("      -  " if c.error is None else f"{c.error:>7.0e}  ")
             + "  ".join(f"{w:+.5f}" for w in c.sample)
             + ("" if c.kept == KEEP_X0 else "  where x0 stands for {:+.5f} sample {:+.5f} x0".format(*c.kept))
             for c in self.calls
@@ -53,6 +56,7 @@ def make_plan(name: str, grid: Grid, table: Table, begin: int) -> Plan:
     """The plan of ``table``, whose first row is call ``begin`` of ``grid``."""
     with np.errstate(divide="ignore"):
         lam = np.log(table.alpha) - np.log(table.sigma)
+    errors = planned_errors(table)
     calls = [
         Call(
             k=begin + i,
@@ -64,6 +68,7 @@ def make_plan(name: str, grid: Grid, table: Table, begin: int) -> Plan:
             anchor=None if row.anchor is None else tuple(float(w) for w in row.anchor),
             noise=float(row.noise),
             kept=(float(row.kept[0]), float(row.kept[1])),
+            error=errors[i],
         )
         for i, row in enumerate(table.rows)
     ]

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .clip import make_x0_map
+from .error import MOST, error_weights, estimate
 from .grid import Convention, Grid, make_grid
 from .noise import keyed_normal, seeds_of
 from .options import Configured
@@ -45,6 +46,7 @@ class TableScheduler(Configured):
             ``step``. Without it the key is a checksum of each sample's first latent, hence of ``pipe(generator=...)``.
         spacing: a grid that Diffusers lacks, instead of ``timestep_spacing``: "quadratic", or "ays_sd", "ays_sdxl", "ays_svd" (the
             schedules of Align Your Steps, for any number of steps).
+        track_error: estimate the error of every step from the predictions at hand, see ``errors`` (keeps up to four of them).
         check_finite: raise at the first network output that holds NaN or infinity (reads the device at every step).
     """
 
@@ -79,6 +81,7 @@ class TableScheduler(Configured):
     def _read_run_options(self) -> None:
         """Keep the options that every step needs; called by ``set_timesteps``, since pipelines rewrite the config before it."""
         self._check_finite = bool(self.config.get("check_finite"))
+        self._track_error = bool(self.config.get("track_error"))
         self._x0_map = make_x0_map(self.config)
 
     def _check_options(self) -> None:
@@ -178,6 +181,20 @@ class TableScheduler(Configured):
         return None if run is None else run.index
 
     @property
+    def errors(self) -> tuple[Tensor | None, ...]:
+        """Per call done in this run, (B,) float32: the RMS error of each sample's step as ``error.error_weights`` estimates it, or None.
+
+        In units of the sample, on its device, which is not read. Zero where a model is as smooth as the solver takes it to be.
+
+        Raises:
+            ValueError: errors are not tracked.
+        """
+        if not self.config.get("track_error"):
+            raise ValueError(f"errors are not tracked; {type(self).__name__}.from_config(config, track_error=True) tracks them")
+        run = self._turn.run
+        return () if run is None else run.errors
+
+    @property
     def init_noise_sigma(self) -> float:
         """Standard deviation that pipelines give the initial latents."""
         if self._process.frame != "ve":
@@ -207,7 +224,7 @@ class TableScheduler(Configured):
             if not sample.ndim:
                 raise ValueError(
                     f"this pipeline does sums with sigmas of samples x0 + sigma noise, as StableDiffusionLatentUpscalePipeline does, "
-                    f"and {type(self).__name__} has other samples: diffx.Euler, EulerAncestral and Heun fit"
+                    f"and {type(self).__name__} has other samples: diffx.Euler, EulerAncestral, Heun and LMS fit"
                 )
             return sample
         return self._scaled(sample, timestep)
@@ -282,6 +299,10 @@ class TableScheduler(Configured):
             z = self._draw(run, index, x, dtype, generator, variance_noise)
             return z if noise_scale is None else z * noise_scale(index)
 
+        if run.error_weights is not None:
+            run.predictions = (x0, *run.predictions[: MOST - 1])
+            weights = run.error_weights[run.state.call]
+            run.errors += (None if weights is None else estimate(weights, run.predictions),)
         sample, run.state = advance(run.table, run.state, x, x0, draw)
         if sample.dtype != dtype:
             sample, x0 = sample.to(dtype), x0.to(dtype)
@@ -332,7 +353,8 @@ class TableScheduler(Configured):
         calls = len(self._require_grid().t)
         if turn.run is None and turn.begin_index in (None, index):
             self._refuse_mid_interval(index)
-            turn.run = Run(index, self._table(index, **run_options), State(), run_options)
+            table = self._table(index, **run_options)
+            turn.run = Run(index, table, State(), run_options, error_weights=error_weights(table) if self._track_error else None)
             return turn.run
         if not isinstance(timestep, Tensor):
             return Run(index, self._table(index, **run_options), State())
@@ -366,7 +388,7 @@ class TableScheduler(Configured):
         if scaled is not None and scaled() is x:
             raise ValueError(
                 f"step() was given what scale_model_input() returned, as DiTPipeline does it, but {type(self).__name__} steps from the "
-                "sample before it was scaled: such a pipeline needs a scheduler that scales nothing, diffx.DDIM, DDPM, DPMSolver or UniPC"
+                "sample before it was scaled: such a pipeline needs one that scales nothing: diffx.DDIM, DDPM, DPMSolver, DEIS or UniPC"
             )
         if self.config.get("variance_type") in ("learned", "learned_range") and out.shape[1] == 2 * x.shape[1]:
             out = out[:, : x.shape[1]]

@@ -34,6 +34,9 @@ class Run:
     state: State
     options: dict[str, Any] = field(default_factory=dict)  # arguments of step that the table was made with
     seeds: tuple[int, ...] | None = None  # of the samples, once a row asked for noise that nobody else seeds
+    error_weights: tuple[tuple[float, ...] | None, ...] | None = None  # one per row, where errors are tracked
+    predictions: tuple[Tensor, ...] = ()  # the x0 that they weigh, newest first
+    errors: tuple[Tensor | None, ...] = ()
 
     @property
     def index(self) -> int:

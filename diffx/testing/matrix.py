@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from diffx.schedulers import DDIM, DDPM, LCM, DPMSolver, Euler, EulerAncestral, Heun, TableScheduler, UniPC
+from diffx.schedulers import DDIM, DDPM, DEIS, LCM, LMS, DPMSolver, Euler, EulerAncestral, Heun, TableScheduler, UniPC
 from diffx.schedulers.process import is_flow
 
 from . import pipelines as tiny
@@ -72,18 +72,18 @@ CASES = (
     Case("FluxPipeline", tiny.tiny_flux),
     Case("FluxImg2ImgPipeline", _from_pipe(diffusers.FluxImg2ImgPipeline, tiny.tiny_flux)),
     Case("PixArtAlphaPipeline", tiny.tiny_pixart),
-    Case("DiTPipeline", tiny.tiny_dit, dict.fromkeys((Euler, EulerAncestral, Heun), _SCALED)),
+    Case("DiTPipeline", tiny.tiny_dit, dict.fromkeys((Euler, EulerAncestral, Heun, LMS), _SCALED)),
     Case(
         "LatentConsistencyModelPipeline",
         tiny.tiny_latent_consistency,
-        dict.fromkeys((DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC), _DISTILLED),
+        dict.fromkeys((DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC, DEIS, LMS), _DISTILLED),
     ),
     Case("AudioLDM2Pipeline", tiny.tiny_audioldm2),
     Case("StableVideoDiffusionPipeline", tiny.tiny_svd, {LCM: "use_karras_sigmas=True does not fit LCM"}),
     Case(
         "StableDiffusionLatentUpscalePipeline",
         tiny.tiny_latent_upscale,
-        dict.fromkeys((DDIM, DDPM, DPMSolver, UniPC, LCM), _UNITS),
+        dict.fromkeys((DDIM, DDPM, DPMSolver, UniPC, DEIS, LCM), _UNITS),
     ),
 )
 
