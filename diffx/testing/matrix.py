@@ -88,6 +88,7 @@ CASES = (
 )
 
 _DPM, _UNIPC = diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler
+_DEIS = diffusers.DEISMultistepScheduler
 _SDE = dict(algorithm_type="sde-dpmsolver++")
 SOLVERS = (
     Solver("DDIM", DDIM, diffusers.DDIMScheduler, None),
@@ -101,6 +102,8 @@ SOLVERS = (
     Solver("DPMSolver, SDE, order 3", DPMSolver, _DPM, _DPM, _SDE | dict(solver_order=3)),
     Solver("UniPC", UniPC, _UNIPC, _UNIPC),
     Solver("UniPC, order 3", UniPC, _UNIPC, _UNIPC, dict(solver_order=3)),
+    Solver("DEIS", DEIS, _DEIS, _DEIS),
+    Solver("LMS", LMS, diffusers.LMSDiscreteScheduler, None),
     Solver("LCM", LCM, diffusers.LCMScheduler, diffusers.FlowMatchLCMScheduler),
 )
 
