@@ -29,9 +29,9 @@ from diffx import glyphs
 from diffx.calibration import NetworkProblem, PipelineProblem, Problem, Settings
 from diffx.calibration.api import calibrate_problems
 from diffx.calibration.fixed import candidates
-from diffx.calibration.problem import noise_generator
 from diffx.calibration.reference import References
 from diffx.evaluation import compare
+from diffx.evaluation.compare import noise_generator
 from diffx.evaluation.emoji import GlyphEvaluator, all_prompts, parse_prompt, render
 from diffx.evaluation.report import picture_grid, write_atomically
 from diffx.evaluation.samplers import make_sampler

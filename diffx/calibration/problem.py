@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.compare import noise_generator
 from ..schedulers.calibrated import fingerprint, network_of
 from ..schedulers.one_step import DDIM
 
@@ -127,11 +127,6 @@ def mu_of(problem: Problem) -> float | None:
     with torch.no_grad():
         problem.ends(scheduler, [0], 1)
     return told.get("mu")
-
-
-def noise_generator(seed: int, index: int) -> torch.Generator:
-    """On the CPU, so that every device starts from the same noise."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
 def key_of(content: Mapping[str, Any]) -> str:

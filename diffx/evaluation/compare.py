@@ -167,7 +167,7 @@ def _run(pipe: Any, meter: Meter, prompts: list[str], seed: int, batch_size: int
     start = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        meter.start([_generator(seed, first + i) for i in range(len(batch))])
+        meter.start([noise_generator(seed, first + i) for i in range(len(batch))])
         options = dict(arguments)
         if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
             options |= {"callback_on_step_end": meter.after_step, "callback_on_step_end_tensor_inputs": ["latents"]}
@@ -200,8 +200,8 @@ def _result(role: Any, spec: str, scale: float, n: int, run: Run, goal: Run, mea
     )  # fmt: skip
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    """On the CPU, so that every device starts from the same noise."""
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """Of the initial noise of one sample: on the CPU, so that every device starts from the same noise."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
