@@ -244,6 +244,7 @@ def test_zero_knobs_are_the_start_and_all_others_keep_the_invariant():
         moved = knobs.run(np.random.default_rng(1).normal(0, 0.1, len(knobs.all)))
         Calibrated.from_config(config, calibration=moved.to_dict())  # its table is checked
     assert len(knobs_of(6)) == 5 + 5 + 1 + 2 + 3 + 3 + 3
+    assert [sum(calls - knob.acts_from for knob in knobs_of(calls)) for calls in (6, 10)] == [49, 175]  # as the module says
 
 
 def test_the_normal_equations_are_those_of_the_whole_runs():
@@ -325,6 +326,15 @@ def test_an_interrupted_calibration_goes_on_to_the_same_result(calibrated, tmp_p
         assert left.calls <= total.calls
 
 
+def test_other_held_out_samples_choose_anew(tmp_path):
+    """The same noises to learn from, others to decide: what was stored for the first choice is not taken for the second."""
+    settings, (learned_from, one) = Settings(num_inference_steps=4, **SMALL), problems()
+    other = NetworkProblem(flow_network, FLOW, (2,), "three-gaussians", seed=7)
+    calibrate_problems(learned_from, one, settings, cache=tmp_path / "shared", progress=False)
+    shared, alone = (calibrate_problems(learned_from, other, settings, cache=tmp_path / name, progress=False) for name in ("shared", "own"))
+    assert shared.calibration.rows == alone.calibration.rows and len(list((tmp_path / "shared").rglob("learn-*"))) == 2
+
+
 def test_the_dry_run_tells_what_is_spent(tmp_path):
     for iterations in (0, 1):
         settings = Settings(num_inference_steps=4, **{**SMALL, "iterations": iterations})
@@ -383,21 +393,22 @@ def test_bad_input_next_to_its_accepted_neighbour(tmp_path):
         "num_held_out": (0, "num_held_out=0 must be"),
         "reference_steps": (7, "reference_steps=7 must be a whole number of at least 8: twice num_inference_steps=4"),
         "num_inference_steps": (0, "num_inference_steps=0 must be"),
+        "num_inference_steps ": (25, "num_inference_steps=25 is no few-step run; at most 24 can be calibrated"),
         "time_budget": (0, "time_budget=0 must be a positive number"),
     }.items():
         with pytest.raises(ValueError, match=text):
-            Settings(**{**good, bad: value})
+            Settings(**{**good, "reference_steps": 64, bad.strip(): value})
     with pytest.raises(ValueError, match="unknown setting 'iteration'; did you mean 'iterations'"):
         api.make_settings(num_inference_steps=4, iteration=3)
     pipe = tiny_stable_diffusion()
     with pytest.raises(ValueError, match="3 different prompts are too few: at least 4"):
-        diffx.calibrate(pipe, num_inference_steps=4, prompts=["a", "b", "c", "c"])
+        diffx.calibrate(pipe, num_inference_steps=4, guidance_scale=3.0, prompts=["a", "b", "c", "c"])
     with pytest.raises(ValueError, match="prompts is a list of strings"):
-        diffx.calibrate(pipe, num_inference_steps=4, prompts="a rocket")
+        diffx.calibrate(pipe, num_inference_steps=4, guidance_scale=3.0, prompts="a rocket")
     unnatural = diffusers.DDIMPipeline(unet=diffusers.UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
                                        up_block_types=("UpBlock2D",) * 2), scheduler=diffusers.DDIMScheduler())  # fmt: skip
     with pytest.raises(ValueError, match="DDIMPipeline takes no prompt, latents, guidance_scale"):
-        diffx.calibrate(unnatural, num_inference_steps=4, prompts=list("abcd"))
+        diffx.calibrate(unnatural, num_inference_steps=4, guidance_scale=3.0, prompts=list("abcd"))
     for sampler, message in {
         "DPMSolver:algorithm_type=sde-dpmsolver++": "draws fresh noise",
         "diffusers:DDIMScheduler": "must be a sampler of diffx",

@@ -317,6 +317,17 @@ def test_calibrate_tells_its_cost_before_it_spends(tmp_path):
     assert json.loads(good("calibrate", "--dry-run", "--json"))["reference"] == (64 + 32) * 64
 
 
+def test_calibrate_has_the_defaults_of_the_library():
+    import inspect
+
+    from diffx.calibration import Settings
+    from diffx.cli.calibrate import calibrate
+
+    told, settings = inspect.signature(calibrate).parameters, Settings(num_inference_steps=6)
+    for name in ("num_samples", "num_held_out", "reference_steps", "iterations", "time_budget", "seed"):
+        assert told[name].default == getattr(settings, name), name
+
+
 def test_calibrate_writes_a_sampler_for_the_other_commands(tmp_path):
     words = ("--num-inference-steps", 3, "--num-samples", 8, "--num-held-out", 8, "--reference-steps", 8, "--iterations", 1)
     printed = good("calibrate", *words, "--cache", tmp_path / "cache", "--output", tmp_path / "sampler")

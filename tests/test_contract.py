@@ -329,26 +329,26 @@ def test_set_timesteps_starts_over(name):
 # ---------------------------------------------------------------------------------------------- pipelines that do not fit
 
 
-@pytest.mark.parametrize("cls", [diffx.Euler, diffx.EulerAncestral, diffx.Heun])
+@pytest.mark.parametrize("cls", [diffx.Euler, diffx.EulerAncestral, diffx.Heun, diffx.LMS])
 def test_stepping_from_the_scaled_sample_is_refused(cls):
     """DiTPipeline does so, with unscaled first noise besides; Diffusers' Euler then samples from noise that is far too small."""
     scheduler = cls()
     scheduler.set_timesteps(6)
     t, x = scheduler.timesteps[0], noise()
     scaled = scheduler.scale_model_input(x, t)
-    with pytest.raises(ValueError, match=rf"step\(\) was given what scale_model_input\(\) returned.*{cls.__name__} steps from.*diffx.DDIM"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} steps from.*step\(\) was given what scale_model_input\(\) returned.*diffx.DDIM"):
         scheduler.step(noise(1), t, scaled)
     scheduler.set_timesteps(6)
     scheduler.scale_model_input(x, scheduler.timesteps[0])
     scheduler.step(noise(1), scheduler.timesteps[0], x)
 
 
-@pytest.mark.parametrize("cls", [diffx.DDIM, diffx.DDPM, diffx.DPMSolver, diffx.UniPC, diffx.LCM])
+@pytest.mark.parametrize("cls", [diffx.DDIM, diffx.DDPM, diffx.DPMSolver, diffx.UniPC, diffx.DEIS, diffx.LCM])
 def test_scaling_a_noise_level_needs_samples_with_alpha_one(cls):
     scheduler = cls()
     scheduler.set_timesteps(6)
     sigma, t = torch.tensor(3.0), scheduler.timesteps[0]
-    with pytest.raises(ValueError, match=f"StableDiffusionLatentUpscalePipeline.*{cls.__name__} has other samples: diffx.Euler"):
+    with pytest.raises(ValueError, match=f"{cls.__name__} has other samples.*StableDiffusionLatentUpscalePipeline does: diffx.Euler"):
         scheduler.scale_model_input(sigma, t)
     euler = diffx.Euler()
     euler.set_timesteps(6)

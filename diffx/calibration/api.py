@@ -22,7 +22,7 @@ def calibrate(
     *,
     num_inference_steps: int,
     prompts: Sequence[str],
-    guidance_scale: float = 7.5,
+    guidance_scale: float,
     cache: str | Path | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
@@ -31,15 +31,15 @@ def calibrate(
     """A scheduler for ``pipe`` whose ``num_inference_steps`` calls lie and weigh as they do best for this model and guidance.
 
     What is learned from are the ends of many-step runs from the same noises. Three stages, each starting from the best so far: known
-    solvers on known grids, grids cut from recorded runs, and gradient descent on the whole table. A fourth of the prompts and noises
-    of their own are held out, and decide which stage's table is returned: never one that is worse there than the best known sampler.
+    solvers on known grids, grids cut from recorded runs, and Gauss-Newton on the whole table. A fourth of the prompts and noises
+    of their own are held out, and decide which stage's table is returned: never one that is worse there than what the search found.
 
     An interrupted call goes on where it was: references and checkpoints lie in ``cache``, named by all that they depend on.
 
     Args:
         pipe: a Diffusers text-to-image pipeline; its weights and scheduler are as before afterwards.
         prompts: at least 4, of the kind the model will be used for; every fourth is held out.
-        guidance_scale: at which the model will be used; a table does not fit another one well.
+        guidance_scale: at which the model will be used, 1 being none; a table does not fit a larger one.
         cache: None is ``$XDG_CACHE_HOME/diffx/calibration`` or ``~/.cache/diffx/calibration``.
         call_kwargs: passed to every call of the pipeline, for instance height and width.
         settings: ``Settings``, for instance num_samples, iterations, time_budget.

@@ -1,8 +1,8 @@
 """Stage (c): Gauss-Newton on a whole table: where the calls lie, which time the network is told, what each prediction weighs.
 
-A run of N calls has about 5 N free numbers, and thousands of residuals: a least-squares problem, for which Gauss-Newton needs
+A run of N calls has about 4 N free numbers, and thousands of residuals: a least-squares problem, for which Gauss-Newton needs
 a few steps where gradient descent needs hundreds. Derivatives are differences of runs. A number that acts from call c on needs only the
-calls from c on, and the last row none: a whole Jacobian costs about 2.5 N runs (N = 6: 44 calls a sample). No network is ever
+calls from c on, and the last row none: a whole Jacobian costs 49 network calls a sample at N = 6, and 175 at N = 10. No network is ever
 differentiated, so that memory does not grow with N and any network will do.
 """
 
@@ -54,7 +54,7 @@ def knobs_of(calls: int) -> list[Knob]:
 class Knobs:
     """Every free number of a run, as differences from a starting calibration; all zero is that calibration.
 
-    The noise level of the first call is the model's own and stays. A weight is a share of its row's gain, the newest prediction taking
+    The noise level of the first call is the start's and stays. A weight is a share of its row's gain, the newest prediction taking
     what is left to 1, so that every setting is a table that keeps the noise levels of its grid.
 
     Args:

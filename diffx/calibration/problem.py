@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.compare import noise_generator
+from ..evaluation.compare import lent, noise_generator
 from ..schedulers.calibrated import fingerprint, network_of
 from ..schedulers.one_step import DDIM
 
@@ -50,10 +50,8 @@ class PipelineProblem:
         self.config = self.pipe.scheduler.config
 
     def ends(self, scheduler: Any, samples: Sequence[int], num_inference_steps: int, start: Tensor | None = None) -> Tensor:
-        own, bar = self.pipe.scheduler, vars(self.pipe).get("_progress_bar_config", {})
-        self.pipe.scheduler = scheduler
-        self.pipe.set_progress_bar_config(disable=True)
-        try:
+        with lent(self.pipe):
+            self.pipe.scheduler = scheduler
             return self.pipe(
                 prompt=[self.prompts[i % len(self.prompts)] for i in samples],
                 generator=[noise_generator(self.seed, i) for i in samples],
@@ -64,9 +62,6 @@ class PipelineProblem:
                 return_dict=False,
                 **self.call_kwargs,
             )[0]
-        finally:
-            self.pipe.scheduler = own
-            self.pipe.set_progress_bar_config(**bar)
 
     def describe(self) -> dict[str, Any]:
         network = network_of(self.pipe)

@@ -22,6 +22,7 @@ from .path import best_grid
 from .problem import Problem, key_of, mu_of
 from .reference import References
 
+MOST_CALLS = 24  # of a run: beyond, known samplers are near their limit, and stage (b) cuts its grid from 48
 PATH_CALLS, PATH_SAMPLES = 48, 16  # of the recorded runs that stage (b) cuts its grids from
 POWERS = (0.0, 0.5, 1.0)  # of sigma, by which stage (b) weighs distances; each gives a candidate
 FEW, FINALISTS = 16, 4  # samples of the first round of a search, and how many candidates see all samples
@@ -33,10 +34,10 @@ class Settings:
 
     num_inference_steps: int
     num_samples: int = 64  # noises to learn from
-    num_held_out: int = 64  # noises, with prompts of their own, that decide
+    num_held_out: int = 32  # noises, with prompts of their own, that decide
     reference: str = "DPMSolver:timestep_spacing=trailing"
-    reference_steps: int = 100
-    iterations: int = 8  # Gauss-Newton steps of stage (c); 0 leaves it out
+    reference_steps: int = 64
+    iterations: int = 6  # Gauss-Newton steps of stage (c); 0 leaves it out
     batch_size: int = 16  # samples of one pipeline call
     seed: int = 0
     time_budget: float | None = None  # seconds after which stage (c) stops where it is
@@ -56,6 +57,8 @@ class Settings:
             if value != int(value) or value < low:
                 why = f": twice num_inference_steps={self.num_inference_steps}" if name == "reference_steps" else ""
                 raise ValueError(f"{name}={value} must be a whole number of at least {low}{why}")
+        if self.num_inference_steps > MOST_CALLS:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} is no few-step run; at most {MOST_CALLS} can be calibrated")
         if self.time_budget is not None and not self.time_budget > 0:
             raise ValueError(f"time_budget={self.time_budget} must be a positive number of seconds")
 
@@ -183,7 +186,8 @@ class Calibrator:
         s = self.settings
         runner = Runner(self.learned, self._spend)
         knobs = Knobs(runner.scheduler._make_process(), start)
-        file = folder / f"learn-{key_of({**asdict(replace(s, time_budget=None, iterations=0)), 'start': start.to_dict()})}.json"
+        made_for = {**asdict(replace(s, time_budget=None, iterations=0)), "start": start.to_dict(), "held_out": self.held_out.describe()}
+        file = folder / f"learn-{key_of(made_for)}.json"
         state = Progress.read(file, len(knobs.all))
         batches = [range(first, min(first + s.batch_size, s.num_samples)) for first in range(0, s.num_samples, s.batch_size)]
         while state.iteration < s.iterations and not state.stuck and not self._out_of_time():

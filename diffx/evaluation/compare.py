@@ -75,7 +75,7 @@ def compare(
     images: dict[tuple[str, int, float], np.ndarray] = {}
     num_batches = -(-len(wanted) // batch_size)
     total = len(scales) * num_batches * sum(n for _, n, _ in plan)
-    with _lent(pipe) as meter, tqdm(total=total, unit="call", disable=not progress) as bar:
+    with lent(pipe), _counted(pipe) as meter, tqdm(total=total, unit="call", disable=not progress) as bar:
         meter.tick = lambda: bar.update(1)
         for scale in scales:
             goal: Run | None = None
@@ -148,16 +148,25 @@ class Run:
 
 
 @contextmanager
-def _lent(pipe: Any) -> Iterator[Meter]:
-    """Count the pipeline's network calls; scheduler, hooks and progress bar are as before when the block ends."""
-    scheduler, bar, meter = pipe.scheduler, vars(pipe).get("_progress_bar_config", {}), Meter()
-    hooks = [pipe.components[name].register_forward_pre_hook(meter.before_call, with_kwargs=True) for name in _networks(pipe)]
+def lent(pipe: Any) -> Iterator[None]:
+    """A pipeline without its progress bar; that and its scheduler are as before when the block ends, whatever it put there."""
+    scheduler, bar = pipe.scheduler, vars(pipe).get("_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
-        yield meter
+        yield
     finally:
         pipe.scheduler = scheduler
         pipe.set_progress_bar_config(**bar)
+
+
+@contextmanager
+def _counted(pipe: Any) -> Iterator[Meter]:
+    """Count the pipeline's network calls; its hooks are as before when the block ends."""
+    meter = Meter()
+    hooks = [pipe.components[name].register_forward_pre_hook(meter.before_call, with_kwargs=True) for name in _networks(pipe)]
+    try:
+        yield meter
+    finally:
         for hook in hooks:
             hook.remove()
 

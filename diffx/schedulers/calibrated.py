@@ -76,7 +76,7 @@ class Calibrated(
 ):
     """A learned table, for the model, the number of calls and the guidance scale that ``diffx.calibrate`` made it for.
 
-    Another number of steps warns and runs DPM-Solver++ 2M on the learned grid, stretched. A run from the middle (image to image)
+    Another number of steps, or times of the caller's own, warns and runs DPM-Solver++ 2M. A run from the middle (image to image)
     keeps the weights, and gives those of predictions that are not there to the oldest that is.
 
     Source: learned multistep weights and grids are those of Tong et al. 2024 (arXiv:2405.15506, LD3), Shaul et al. 2024
@@ -114,7 +114,7 @@ class Calibrated(
     def warn_of_misfits(self, pipe: Any, guidance_scale: float) -> None:
         """A warning for each of ``misfits``: for callers that know what the scheduler cannot see."""
         for text in self.misfits(pipe, guidance_scale=guidance_scale):
-            warn(f"{text}; a calibrated table is made for one model and guidance")
+            warnings.warn(f"{text}; a calibrated table is made for one model and guidance", stacklevel=2)
 
     def _make_grid(self, num_inference_steps=None, timesteps=None, sigmas=None, mu=None) -> Grid:
         made, flow = self._calibration, self._process.frame == "flow"
@@ -123,10 +123,13 @@ class Calibrated(
         self._as_learned = steps == made.num_inference_steps and not own
         if self._as_learned:
             if mu is not None and made.mu is not None and not math.isclose(mu, made.mu, rel_tol=1e-3):
-                warn(f"this table was calibrated for another picture size (mu={made.mu:g}, here mu={mu:g})")
+                warnings.warn(f"this table was calibrated for another picture size (mu={made.mu:g}, here mu={mu:g})", stacklevel=2)
             return self._learned_grid()
         asked = "times of the caller's own" if own else f"{steps} steps"
-        warn(f"this table was calibrated for {made.num_inference_steps} steps, asked were {asked}: DPM-Solver++ 2M runs instead")
+        warnings.warn(
+            f"this table was calibrated for {made.num_inference_steps} steps, asked were {asked}: DPM-Solver++ 2M runs instead",
+            stacklevel=2,
+        )
         return super()._make_grid(num_inference_steps, timesteps, sigmas, mu)
 
     def _learned_grid(self) -> Grid:
@@ -153,11 +156,6 @@ def sigmas_of(levels: Sequence[float] | np.ndarray, process: Process) -> np.ndar
         return values if process.frame == "flow" else values / (1 - values)
 
 
-def warn(message: str) -> None:
-    """A warning that points at the caller of the pipeline, once per place."""
-    warnings.warn(message, UserWarning, stacklevel=2)
-
-
 def network_of(pipe: Any) -> torch.nn.Module:
     """The network that a pipeline calls at every step.
 
@@ -174,6 +172,5 @@ def fingerprint(pipe: Any) -> str:
     """The class of a pipeline's network and a hash of its config: the same for every checkpoint of one architecture."""
     network: Any = network_of(pipe)
     public = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    return (
-        f"{type(network).__name__}-{hashlib.blake2b(json.dumps(public, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()}"
-    )
+    digest = hashlib.blake2b(json.dumps(public, sort_keys=True, default=str).encode(), digest_size=4)
+    return f"{type(network).__name__}-{digest.hexdigest()}"

@@ -1,6 +1,7 @@
 """How far each step of a run is off, estimated at no network call: the first term of its expansion that a row leaves out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -10,6 +11,20 @@ from .table import Row, Table, combine
 MOST = 4  # x0 predictions that an estimate looks at
 PLANNED_STD = 0.5  # of the normal data that a plan is made for: about that of pictures in -1 .. 1
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)  # exact to rounding for every step below 20 in lam
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """The estimates of a run so far, one per call done, and the x0 predictions that the next one looks at."""
+
+    weights: tuple[tuple[float, ...] | None, ...]  # of every row, see ``error_weights``
+    predictions: tuple[Tensor, ...] = ()  # newest first
+    errors: tuple[Tensor | None, ...] = ()
+
+    def after(self, x0: Tensor) -> "Tracker":
+        """One network call later, which predicted ``x0`` (B, ...)."""
+        predictions, weights = (x0, *self.predictions[: MOST - 1]), self.weights[len(self.errors)]
+        return Tracker(self.weights, predictions, (*self.errors, None if weights is None else estimate(weights, predictions)))
 
 
 def error_weights(table: Table) -> tuple[tuple[float, ...] | None, ...]:

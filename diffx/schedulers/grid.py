@@ -117,6 +117,15 @@ def is_pipeline_default(sigmas: Sequence[float]) -> bool:
     return len(sigmas) > 0 and np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)), rtol=0, atol=1e-6)
 
 
+def sigmas_at(process: Process, grid: Grid | None, t: np.ndarray) -> np.ndarray:
+    """Grid values at times ``t``: those of the grid where a time is of it, else those of the train times."""
+    sigmas = process.sigma_at(t)
+    if grid is None:
+        return sigmas
+    near = np.abs(grid.t[None] - t[:, None]).argmin(1)
+    return np.where(np.isclose(grid.t[near], t, rtol=1e-6), grid.sigmas[near], sigmas)
+
+
 def _spaced(process: Process, convention: Convention, config: Mapping[str, Any], steps: int) -> Grid:
     table = process.edm_sigmas
     assert table is not None

@@ -66,11 +66,7 @@ class Process:
         Raises:
             ValueError: "epsilon" at zero terminal SNR, where the noise says nothing about the picture.
         """
-        if (
-            self.prediction_type == "epsilon"
-            and self.zero_terminal_snr
-            and alpha <= (alpha**2 + sigma**2) ** 0.5 * ZERO_SNR**0.5 * (1 + 1e-6)
-        ):
+        if self.prediction_type == "epsilon" and self.zero_terminal_snr and alpha / math.hypot(alpha, sigma) <= ZERO_SNR**0.5 * (1 + 1e-6):
             raise ValueError(
                 'prediction_type="epsilon" says nothing about the picture at zero terminal SNR (rescale_betas_zero_snr=True): '
                 'use a "v_prediction" or "sample" model, or timestep_spacing="leading", which does not visit that time'
@@ -89,7 +85,7 @@ def x0_weights(prediction_type: PredictionType, alpha: float, sigma: float) -> t
     Raises:
         ValueError: unknown prediction type; the message lists the known ones.
     """
-    r = (alpha**2 + sigma**2) ** 0.5  # holds for tensors, too, which calibration differentiates
+    r = math.hypot(alpha, sigma)
     match prediction_type:
         case "epsilon":
             return 1 / alpha, -sigma / alpha

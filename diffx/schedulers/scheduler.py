@@ -15,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .clip import make_x0_map
-from .error import MOST, error_weights, estimate
-from .grid import Convention, Grid, make_grid
+from .error import Tracker, error_weights
+from .fitting import DISTILLED, NOISE_LEVEL, SCALED, fitted, refuse
+from .grid import Convention, Grid, make_grid, sigmas_at
 from .noise import keyed_normal, seeds_of
 from .options import Configured
 from .plan import Plan, make_plan
@@ -120,10 +121,7 @@ class TableScheduler(Configured):
             ValueError: ``original_inference_steps`` was passed, by a pipeline for distilled networks; only ``LCM`` takes it.
         """
         if original_inference_steps is not _NOT_PASSED:
-            raise ValueError(
-                f"{type(self).__name__} takes no original_inference_steps, which pipelines for distilled networks pass, "
-                "LatentConsistencyModelPipeline among them: diffx.LCM samples such networks"
-            )
+            raise refuse(self, DISTILLED)
         with SETTING:
             self._turn = Turn(get_ident())  # first: a step that is going on in another thread sees that its turn is over
             self._make_run_ready(device, num_inference_steps, timesteps, sigmas, mu)
@@ -192,7 +190,7 @@ class TableScheduler(Configured):
         if not self.config.get("track_error"):
             raise ValueError(f"errors are not tracked; {type(self).__name__}.from_config(config, track_error=True) tracks them")
         run = self._turn.run
-        return () if run is None else run.errors
+        return () if run is None or run.tracker is None else run.tracker.errors
 
     @property
     def init_noise_sigma(self) -> float:
@@ -222,10 +220,7 @@ class TableScheduler(Configured):
         """
         if self._process.frame != "ve":
             if not sample.ndim:
-                raise ValueError(
-                    f"this pipeline does sums with sigmas of samples x0 + sigma noise, as StableDiffusionLatentUpscalePipeline does, "
-                    f"and {type(self).__name__} has other samples: diffx.Euler, EulerAncestral, Heun and LMS fit"
-                )
+                raise refuse(self, NOISE_LEVEL)
             return sample
         return self._scaled(sample, timestep)
 
@@ -284,7 +279,9 @@ class TableScheduler(Configured):
         dtype = out.dtype
         # numel stands for the shape: comparing shapes costs half a kernel, and every mismatch that would broadcast differs here
         if not run.state.call or out.numel() != x.numel() or out.device != x.device:
-            out = self._fitted(out, x)
+            if turn.scaled is not None and turn.scaled() is x:
+                raise refuse(self, SCALED)
+            out = fitted(out, x, learned_variance=self.config.get("variance_type") in ("learned", "learned_range"))
         if x.dtype in _HALF:
             x = x.float()
         if out.dtype != x.dtype:
@@ -299,10 +296,8 @@ class TableScheduler(Configured):
             z = self._draw(run, index, x, dtype, generator, variance_noise)
             return z if noise_scale is None else z * noise_scale(index)
 
-        if run.error_weights is not None:
-            run.predictions = (x0, *run.predictions[: MOST - 1])
-            weights = run.error_weights[run.state.call]
-            run.errors += (None if weights is None else estimate(weights, run.predictions),)
+        if run.tracker is not None:
+            run.tracker = run.tracker.after(x0)
         sample, run.state = advance(run.table, run.state, x, x0, draw)
         if sample.dtype != dtype:
             sample, x0 = sample.to(dtype), x0.to(dtype)
@@ -354,7 +349,7 @@ class TableScheduler(Configured):
         if turn.run is None and turn.begin_index in (None, index):
             self._refuse_mid_interval(index)
             table = self._table(index, **run_options)
-            turn.run = Run(index, table, State(), run_options, error_weights=error_weights(table) if self._track_error else None)
+            turn.run = Run(index, table, State(), run_options, tracker=Tracker(error_weights(table)) if self._track_error else None)
             return turn.run
         if not isinstance(timestep, Tensor):
             return Run(index, self._table(index, **run_options), State())
@@ -382,24 +377,6 @@ class TableScheduler(Configured):
             raise ValueError("call set_timesteps() first: this scheduler has no run yet")
         return self._grid
 
-    def _fitted(self, out: Tensor, x: Tensor) -> Tensor:
-        """``out`` without predicted variances, or an error that says what does not fit."""
-        scaled = self._turn.scaled
-        if scaled is not None and scaled() is x:
-            raise ValueError(
-                f"step() was given what scale_model_input() returned, as DiTPipeline does it, but {type(self).__name__} steps from the "
-                "sample before it was scaled: such a pipeline needs one that scales nothing: diffx.DDIM, DDPM, DPMSolver, DEIS or UniPC"
-            )
-        if self.config.get("variance_type") in ("learned", "learned_range") and out.shape[1] == 2 * x.shape[1]:
-            out = out[:, : x.shape[1]]
-        if out.shape != x.shape:
-            raise ValueError(f"model_output has shape {tuple(out.shape)}, sample {tuple(x.shape)}; they must be equal")
-        if out.device != x.device:
-            raise ValueError(f"model_output is on {out.device}, sample on {x.device}; move one of them")
-        if not out.dtype.is_floating_point or not x.dtype.is_floating_point:
-            raise ValueError(f"model_output has dtype {out.dtype}, sample {x.dtype}; both must be floating point")
-        return out
-
     # --- the forward process ----------------------------------------------------------------------------------------
 
     @in_turn
@@ -413,22 +390,14 @@ class TableScheduler(Configured):
             index = min(self._expected(), len(self._grid.t))
             alpha, sigma = (float(level[index]) for level in self._levels)
             return combine((alpha, sigma), original_samples, (noise.to(original_samples.dtype),))
-        alpha, sigma = self._levels_at(timesteps)
+        t = timesteps.detach().to("cpu", torch.float64).reshape(-1).numpy()
+        alpha, sigma = map(torch.from_numpy, self._process.levels(sigmas_at(self._process, self._grid, t)))
         shape = (-1, *(1,) * (original_samples.ndim - 1))
         return alpha.to(original_samples).reshape(shape) * original_samples + sigma.to(original_samples).reshape(shape) * noise
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """``add_noise`` with the argument order of Diffusers' flow schedulers."""
         return self.add_noise(sample, noise, timestep)
-
-    def _levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        t = timesteps.detach().to("cpu", torch.float64).reshape(-1).numpy()
-        sigmas = self._process.sigma_at(t)
-        if self._grid is not None:
-            near = np.abs(self._grid.t[None] - t[:, None]).argmin(1)
-            sigmas = np.where(np.isclose(self._grid.t[near], t, rtol=1e-6), self._grid.sigmas[near], sigmas)
-        alpha, sigma = self._process.levels(sigmas)
-        return torch.from_numpy(alpha), torch.from_numpy(sigma)
 
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -18,6 +18,7 @@ from weakref import ReferenceType
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .error import Tracker
 from .table import State, Table
 
 SETTING = RLock()  # held while a scheduler's grid is replaced or copied; a step never waits for it
@@ -34,9 +35,7 @@ class Run:
     state: State
     options: dict[str, Any] = field(default_factory=dict)  # arguments of step that the table was made with
     seeds: tuple[int, ...] | None = None  # of the samples, once a row asked for noise that nobody else seeds
-    error_weights: tuple[tuple[float, ...] | None, ...] | None = None  # one per row, where errors are tracked
-    predictions: tuple[Tensor, ...] = ()  # the x0 that they weigh, newest first
-    errors: tuple[Tensor | None, ...] = ()
+    tracker: Tracker | None = None  # where errors are tracked
 
     @property
     def index(self) -> int:

@@ -51,7 +51,7 @@ class Solver:
 
 
 _SCALED = r"step\(\) was given what scale_model_input\(\) returned"
-_UNITS = r"sums with sigmas of samples x0 \+ sigma noise"
+_UNITS = r"has other samples than x0 \+ sigma noise"
 _DISTILLED = "takes no original_inference_steps"
 
 
