@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -136,11 +136,37 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def picture_grid(comparison: Comparison) -> Image.Image:
+class Run(Protocol):
+    """What names a column of pictures, or the floor, which has none."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def guidance_scale(self) -> float | None: ...
+    @property
+    def num_inference_steps(self) -> int | None: ...
+    @property
+    def nfe(self) -> int | None: ...
+
+
+class Gallery(Protocol):
+    """What a grid shows: for each column (sampler, num_inference_steps, guidance_scale) one uint8 picture of each prompt."""
+
+    @property
+    def rows(self) -> Sequence[Run]: ...
+    @property
+    def images(self) -> Mapping[Any, np.ndarray]: ...
+    @property
+    def prompts(self) -> Sequence[str]: ...
+
+
+def picture_grid(comparison: Gallery) -> Image.Image:
     """Prompts (times guidance scales) as rows, the reference and then samplers times NFE as columns."""
     runs = [row for row in comparison.rows if row.role != "floor"]
     scales = list(dict.fromkeys(row.guidance_scale for row in runs))
-    groups: dict[tuple[str, bool], list[Result]] = {}
+    groups: dict[tuple[str, bool], list[Run]] = {}
     for row in runs:
         if row.guidance_scale == scales[0]:
             groups.setdefault((row.sampler, row.role == "reference"), []).append(row)
@@ -166,7 +192,8 @@ def picture_grid(comparison: Comparison) -> Image.Image:
     for key, columns in groups.items():
         draw.multiline_text((x, 4), titles[key], INK, font)
         for j, column in enumerate(columns):
-            draw.text((x + j * cell[0] + 2, top - 20), f"NFE {column.nfe}", FADED, small)
+            if column.nfe:  # real pictures have none
+                draw.text((x + j * cell[0] + 2, top - 20), f"NFE {column.nfe}", FADED, small)
             for block, scale in enumerate(scales):
                 for i, pixels in enumerate(comparison.images[column.sampler, column.num_inference_steps, scale]):
                     how = Image.Resampling.NEAREST if shown[0] >= width else Image.Resampling.LANCZOS
