@@ -76,7 +76,7 @@ def test_an_outlier_fools_precision_but_not_density():
 def test_density_and_coverage_of_equal_and_of_distant_sets():
     x = normal(0, 60, 3)
     density, coverage = density_coverage(x, x, k=5)
-    assert (density, coverage) == (6 / 5, 1.0)  # a sample lies in its own ball and is one of five others' neighbours on average
+    assert (density, coverage) == (6 / 5, 1.0)  # each ball holds its own sample and five neighbours
     assert density_coverage(x, x + 100) == (0.0, 0.0)
 
 

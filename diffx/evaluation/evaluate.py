@@ -71,7 +71,8 @@ def evaluate(
 
     Args:
         pipe: any Diffusers text-to-image pipeline; in other cases make a folder of pictures and use ``evaluate_pictures``.
-        real: a folder (see ``PictureFolder``), a tensor (N, 3, H, W) in [0, 1] or other ``Pictures``; None draws renderings of the embedded model's glyphs.
+        real: a folder (see ``PictureFolder``), a tensor (N, 3, H, W) in [0, 1] or other ``Pictures``; None draws renderings of the
+            embedded model's glyphs.
         samplers: as ``make_sampler`` takes them.
         prompts: None takes the captions of the real pictures; a list is repeated until there are ``num_images``.
         num_images: pictures of each run; None is half of the real ones, at most 256.
@@ -90,7 +91,7 @@ def evaluate(
     if isinstance(samplers, str) or isinstance(prompts, str):
         raise ValueError("prompts and samplers are lists of strings, not one string")
     steps, scales = tuple(num_inference_steps), tuple(float(scale) for scale in guidance_scale)
-    counts = (*steps, batch_size, NUM_IMAGES if num_images is None else num_images)
+    counts = (*steps, batch_size, NUM_IMAGES if num_images is None else num_images, 1)  # 1: pictures of each prompt
     _check(pipe, tuple(samplers), tuple(prompts or ("",)), counts, scales, call_kwargs)
     schedulers = {spec: make_sampler(spec, pipe.scheduler.config) for spec in samplers}  # all errors before the first run
     found = _real_pictures(real, 2 * (num_images or NUM_IMAGES), resolution, seed)
