@@ -330,6 +330,7 @@ def test_a_folder_evaluation_writes_its_report(tmp_path):
         ((5, 8), (20, 8), {}, "5 pictures to measure and 20 real ones .*at least 6 are needed, and twice as many"),
         ((10, 8), (10, 8), {}, "5 pictures to measure and 10 real ones"),
         ((10, 8), (20, 8), dict(measures=["FID"]), "measure 'FID' is not one of FD, KID"),
+        ((10, 8), (20, 8), dict(measures=[]), "at least one is needed"),
         ((10, 8), (20, 8), dict(batch_size=0), "batch_size=0 must be at least 1"),
         ((10, 8), (20, 8), dict(resolution=0), "resolution=0 must be at least 1"),
     ],
@@ -398,6 +399,9 @@ def test_given_prompts_are_repeated_and_needed_without_captions(tiny):
     options = dict(samplers=["UniPC"], num_inference_steps=(2,), features=Corners(), progress=False, **inputs)
     found = evaluate(pipe, real.images, prompts=["a", "b", "c"], num_images=7, **options)
     assert found.prompts == ("a", "b", "c", "a", "b", "c", "a")
+    # The shipped encoder could judge these prompts, but not the real pictures' captions: no floor, no figure.
+    options |= dict(features=None, measures=["KID"])
+    assert set(measured(evaluate(pipe, real, prompts=["rocket"], num_images=7, **options))) == {"KID", "KID sd"}
     with pytest.raises(ValueError, match=r"no captions \(name\.txt beside name\.png, for every picture\), so prompts are needed"):
         evaluate(pipe, real.images, num_images=7, **options)
 

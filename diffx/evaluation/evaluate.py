@@ -206,8 +206,8 @@ class Ruler:
         batch_size: int,
         progress: bool,
     ) -> None:
-        if unknown := [name for name in measures if name not in MEASURES]:
-            raise ValueError(f"measure {unknown[0]!r} is not one of {', '.join(MEASURES)}")
+        if unknown := [name for name in measures or ("",) if name not in MEASURES]:
+            raise ValueError(f"measure {unknown[0]!r} is not one of {', '.join(MEASURES)}; at least one is needed")
         for name, value in (("batch_size", batch_size), ("resolution", resolution)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -244,7 +244,8 @@ class Ruler:
 
     def measure(self, seen: Seen, prompts: Sequence[str] | None) -> tuple[Measure, ...]:
         """What the floors are of, for pictures drawn from the prompts at their places; no alignment where the encoder cannot know them."""
-        return tuple(Measure(name=name, value=v, floor=self._floors[name], **self._counted()) for name, v in self._values(seen, prompts))
+        known = [(name, value) for name, value in self._values(seen, prompts) if name in self._floors]
+        return tuple(Measure(name=name, value=value, floor=self._floors[name], **self._counted()) for name, value in known)
 
     def see(self, images: Tensor) -> Seen:
         """The features of (B, 3, H, W) in [0, 1]; raises ValueError where H, W are not those of the real pictures."""
@@ -273,8 +274,8 @@ class Ruler:
             if any(name in self._measures for name in names):
                 results = zip(names, function(self._reference, seen.features, self._seed))
                 values += [(name, value) for name, value in results if name in self._measures or name not in MEASURES]
-        if seen.probabilities is not None:
-            values.append((f"IS ({self._classifier.name})" if self._classifier else "IS", inception_score(seen.probabilities)))
+        if self._classifier and seen.probabilities is not None:
+            values.append((f"IS ({self._classifier.name})", inception_score(seen.probabilities)))
         if prompts is not None and self.captions is not None:  # without captions there is no floor
             values += self._alignment(seen.features, prompts)
         return values
