@@ -141,9 +141,8 @@ def test_the_calibrated_card_has_the_figures_of_the_benchmark():
     part = json.loads((ROOT / "benchmarks" / "results" / "calibration" / "parts" / "emoji-6.json").read_text())
     for found in (part["calibrated"], part["diffx"][0], part["diffusers"][0]):
         assert f"| {found['mean']:.4f} | {found['rms']:.4f} |" in table_card()
-    assert (
-        part["config"]["calibration"]["rows"] == json.loads((EMBEDDED_TABLE / "scheduler_config.json").read_text())["calibration"]["rows"]
-    )
+    saved = json.loads((EMBEDDED_TABLE / "scheduler_config.json").read_text())
+    assert part["config"]["calibration"]["rows"] == saved["calibration"]["rows"]
     misuse = json.loads((ROOT / "benchmarks" / "results" / "calibration" / "misuse.json").read_text())
     for found in misuse.values():
         assert f"| {found['calibrated']:.4f} | {found['DDIM:spacing=ays_sd']:.4f} |" in table_card()
