@@ -36,6 +36,9 @@ SOLVERS = {
     "DPM3": (diffx.DPMSolver, dict(solver_order=3)),
     "Eps2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="dpmsolver")),
     "Eps3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="dpmsolver")),
+    "Single2": (diffx.DPMSolverSinglestep, {}),
+    "Single3": (diffx.DPMSolverSinglestep, dict(solver_order=3, solver_type="heun")),
+    "SingleEps3": (diffx.DPMSolverSinglestep, dict(solver_order=3, algorithm_type="dpmsolver")),
     "SDE1": (diffx.DPMSolver, dict(solver_order=1, algorithm_type="sde-dpmsolver++")),
     "SDE2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="sde-dpmsolver++")),
     "SDE3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="sde-dpmsolver++")),
@@ -58,6 +61,7 @@ TWINS = {
     "LCM": (diffx.LCM, diffusers.LCMScheduler),
     "FlowLCM": (diffx.LCM, diffusers.FlowMatchLCMScheduler),
     "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler),
+    "Single": (diffx.DPMSolverSinglestep, diffusers.DPMSolverSinglestepScheduler),
     "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler),
     "DEIS": (diffx.DEIS, diffusers.DEISMultistepScheduler),
     "LMS": (diffx.LMS, diffusers.LMSDiscreteScheduler),
@@ -428,6 +432,7 @@ def test_config_round_trip_keeps_every_stock_key(name):
         "FlowLCM": dict(shift=2.5),
         "FlowHeun": dict(shift=2.5),
         "DPMSolver": dict(**SCALED, solver_order=3, solver_type="heun", euler_at_final=True, lambda_min_clipped=-5.1),
+        "Single": dict(**SCALED, solver_order=3, solver_type="heun", lower_order_final=True, lambda_min_clipped=-5.1),
         "DEIS": dict(**SCALED, solver_order=3, lower_order_final=False, timestep_spacing="trailing"),
         "LMS": dict(**SCALED, timestep_spacing="leading", steps_offset=1, prediction_type="v_prediction"),
         "UniPC": dict(**SCALED, solver_order=3, solver_type="bh1", disable_corrector=[1], timestep_spacing="leading"),
@@ -772,7 +777,7 @@ def test_no_step_reads_the_device(name, flow):
         assert (count.reads, count.uploads) == (0, 0)
         kernels = count.kernels - before
         # UniPC: the prediction that only the corrector sees, and the kept copy. The others: the sum that is kept.
-        more = 2 if name.startswith(("UniPC", "Eps", "DEIS", "LMS")) else 0
+        more = 2 if name.startswith(("UniPC", "Eps", "SingleEps", "DEIS", "LMS")) else 0
         assert kernels <= order + 3 + more + 2 * stochastic, kernels
 
 
