@@ -48,8 +48,8 @@ _PUBLIC = {
     "calibrate": "diffx.calibration",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row", "Table",
-    "TableScheduler", "UniPC", "calibrate",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
+    "Table", "TableScheduler", "UniPC", "calibrate",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

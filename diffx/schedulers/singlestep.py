@@ -57,8 +57,8 @@ def dpm_singlestep(
         h = lam[i + 1] - lam[start]
         if on_noise and order > 1 and h > WIDEST:
             raise ValueError(
-                f"the group that ends with call {i} spans {h:.3g} in log(alpha / sigma), and on noise predictions {WIDEST:g} is the most that "
-                'rounding allows; use algorithm_type="dpmsolver++", or more steps'
+                f"the group that ends with call {i} spans {h:.3g} in log(alpha / sigma), and on noise predictions {WIDEST:g} is the most "
+                'that rounding allows; use algorithm_type="dpmsolver++", or more steps'
             )
         weights = _weights(lam[start : i + 1], lam[i + 1], psi(-h if on_noise else h), solver_type)[::-1]
         if on_noise:
