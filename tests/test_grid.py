@@ -89,8 +89,14 @@ def test_logsnr_is_even_in_lam_on_flow_models_too():
 @pytest.mark.parametrize("options", [{}, dict(prediction_type="flow_prediction", shift=3.0)], ids=["betas", "flow"])
 def test_our_fills_have_the_ends_of_diffusers_and_parameters_of_their_own(options):
     grids = {}
-    for words in (dict(use_beta_sigmas=True), dict(spacing="beta"), dict(spacing="beta", spacing_alpha=0.4, spacing_beta=0.9),
-                  dict(use_exponential_sigmas=True), dict(spacing="polyexponential"), dict(spacing="polyexponential", spacing_rho=2.0)):  # fmt: skip
+    for words in (
+        dict(use_beta_sigmas=True),
+        dict(spacing="beta"),
+        dict(spacing="beta", spacing_alpha=0.4, spacing_beta=0.9),
+        dict(use_exponential_sigmas=True),
+        dict(spacing="polyexponential"),
+        dict(spacing="polyexponential", spacing_rho=2.0),
+    ):
         scheduler = diffx.UniPC(**words, **options)
         scheduler.set_timesteps(6)
         grids["/".join(map(str, words.values() if "spacing" in words else words))] = scheduler._grid.sigmas

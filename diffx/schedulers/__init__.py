@@ -1,7 +1,7 @@
 """How to sample: every solver is a table of coefficients, stepped by one function, in Diffusers' scheduler contract."""
 
 from .calibrated import Calibrated, Calibration
-from .derivative import LMS
+from .derivative import LMS, gradient_estimation
 from .few_step import LCM
 from .multistep import DEIS, DPMSolver
 from .one_step import DDIM, Euler
@@ -40,4 +40,5 @@ __all__ = [
     "TableScheduler",
     "UniPC",
     "advance",
+    "gradient_estimation",
 ]
