@@ -62,8 +62,8 @@ def candidates(config: Mapping[str, Any], calls: int, mu: float | None = None) -
             scheduler: Any = make_sampler(word_of("DDIM" if solver in GRADIENT_ESTIMATION else solver, grid), config)
             scheduler.set_timesteps(None if sigmas else calls, sigmas=sigmas, mu=mu)
             if solver in GRADIENT_ESTIMATION:  # no class of the package, but rows on the grid of DDIM
-                rows = gradient_estimation(*scheduler._levels, GRADIENT_ESTIMATION[solver])
-                table = Table(*scheduler._levels, tuple(rows))
+                alpha, sigma = scheduler._levels
+                table = Table(alpha, sigma, tuple(gradient_estimation(alpha, sigma, GRADIENT_ESTIMATION[solver])))
                 made = written(table, scheduler.timesteps.tolist(), scheduler._process.frame)
             else:
                 made = calibration_of(scheduler)
