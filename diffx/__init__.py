@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         LMS,
         Calibrated,
         DPMSolver,
+        DPMSolverSinglestep,
         Euler,
         EulerAncestral,
         Heun,
@@ -34,6 +35,7 @@ _PUBLIC = {
     "DDPM": "diffx.schedulers",
     "DEIS": "diffx.schedulers",
     "DPMSolver": "diffx.schedulers",
+    "DPMSolverSinglestep": "diffx.schedulers",
     "LCM": "diffx.schedulers",
     "LMS": "diffx.schedulers",
     "Euler": "diffx.schedulers",
@@ -46,8 +48,8 @@ _PUBLIC = {
     "calibrate": "diffx.calibration",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler",
-    "UniPC", "calibrate",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
+    "Table", "TableScheduler", "UniPC", "calibrate",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
