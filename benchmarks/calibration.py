@@ -168,8 +168,8 @@ def sweep(problem: Problem, runs: dict[str, tuple], goals: Tensor, batch: int) -
     return rows + [{"sampler": word, "steps": rounds[word][1], "few": rounds[word][2]} for word in order[FINALISTS:]]
 
 
-def measure(name: str, calls: int) -> dict:
-    """One part: both sweeps and a calibration, all on the same test samples."""
+def measure(name: str, calls: int, known: dict | None = None) -> dict:
+    """One part: both sweeps and a calibration, all on the same test samples; what is ``known`` of Diffusers' is taken over."""
     learned, held_out, test = emoji() if name == "emoji" else mixture(name.removeprefix("mixture-"))
     settings, count = settings_for(name, calls)
     cache = ROOT / "outputs" / "calibration-cache"
@@ -179,7 +179,7 @@ def measure(name: str, calls: int) -> dict:
     calibrated = calibrate_problems(learned, held_out, settings, cache=cache)
     seconds = time.perf_counter() - start
     rms, mean = errors(test, calibrated, calls, goals, settings.batch_size)
-    stock = {word: steps_for(word, test.config, calls) for word in stock_configurations(is_flow(test.config))}
+    stock = {} if known else {word: steps_for(word, test.config, calls) for word in stock_configurations(is_flow(test.config))}
     fixed = {
         word: (Calibrated.from_config(test.config, calibration=made.to_dict()), calls)
         for word, made in candidates(test.config, calls).items()
@@ -189,7 +189,7 @@ def measure(name: str, calls: int) -> dict:
         "calibrated": {"rms": rms, "mean": mean, "seconds": round(seconds, 1), "stages": calibrated.calibration.made_with["stages"]},
         "config": {key: value for key, value in calibrated.config.items() if not key.startswith("_")},
         "diffx": sweep(test, fixed, goals, settings.batch_size),
-        "diffusers": sweep(test, {word: run for word, run in stock.items() if run}, goals, settings.batch_size),
+        "diffusers": known["diffusers"] if known else sweep(test, {k: run for k, run in stock.items() if run}, goals, settings.batch_size),
     }  # fmt: skip
     return part
 
@@ -339,20 +339,28 @@ def pictures_table(found: dict) -> list[str]:
 def once(file: Path, make: Callable[[], dict]) -> dict:
     """What ``file`` holds, made and written if it is not there."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(make(), indent=1).encode()
-        write_atomically(file, lambda out: out.write(content))
+        write(file, make())
     return json.loads(file.read_text())
+
+
+def write(file: Path, found: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(found, indent=1).encode()
+    write_atomically(file, lambda out: out.write(content))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="*", default=["mixture-vp", "mixture-flow", "emoji"])
     parser.add_argument("--calls", nargs="*", type=int, default=list(CALLS))
+    parser.add_argument("--again", action="store_true", help="calibrate anew, beside the figures of Diffusers that are there")
     parser.add_argument("--publish", type=int, help="of these calls make diffx/assets/emoji_calibrated_N and measure it as it is used")
     arguments = parser.parse_args()
     for name, calls in product(arguments.problem, arguments.calls):
-        part = once(FOLDER / "parts" / f"{name}-{calls}.json", lambda: measure(name, calls))  # noqa: B023
+        file = FOLDER / "parts" / f"{name}-{calls}.json"
+        if arguments.again and file.exists():
+            write(file, measure(name, calls, json.loads(file.read_text())))
+        part = once(file, lambda: measure(name, calls))  # noqa: B023
         found = [f"{label} {part[key][0]['mean']:.4f}" for label, key in (("Diffusers", "diffusers"), ("diffx", "diffx"))]
         print(name, calls, *found, f"calibrated {part['calibrated']['mean']:.4f}", flush=True)
     if arguments.publish:
