@@ -37,6 +37,7 @@ from diffx.evaluation.report import picture_grid, write_atomically
 from diffx.evaluation.samplers import make_sampler
 from diffx.loading import EMBEDDED, load_pipeline
 from diffx.oracle import Mixture
+from diffx.schedulers import SAMPLERS
 from diffx.schedulers.calibrated import Calibrated, fingerprint
 from diffx.schedulers.process import is_flow
 
@@ -204,7 +205,8 @@ def misuse(calls: int) -> dict:
     def beside(problem: Problem) -> dict:
         goals = References(problem, REFERENCE, REFERENCE_STEPS // 2, cache).ends(count // 4)
         table = Calibrated.from_config(problem.config, calibration=part["config"]["calibration"])
-        rivals = {"calibrated": table, fixed: make_sampler(fixed, problem.config)}
+        known = Calibrated.from_config(problem.config, calibration=candidates(problem.config, calls)[fixed].to_dict())
+        rivals = {"calibrated": table, fixed: known}
         return {name: errors(problem, scheduler, calls, goals, settings.batch_size)[1] for name, scheduler in rivals.items()}
 
     picture = render(list(test.prompts[:1]), seed=0)
@@ -233,10 +235,11 @@ class ImageProblem(PipelineProblem):
 def pictures(calls: int) -> dict:
     """FD and R-precision of the test prompts' pictures, and the sheet of the first eight."""
     part, (_, _, test) = read("emoji", calls), emoji()
+    classes = {cls.__name__ for cls in SAMPLERS}  # of the words that ``compare`` knows; a calibration starts from others, too
     os.chdir(EMBEDDED.parent)  # so that the table is named as users name it
     samplers = [
         f"emoji_calibrated_{calls}",
-        part["diffx"][0]["sampler"],
+        next(row["sampler"] for row in part["diffx"] if row["sampler"].split(":")[0] in classes),
         part["diffusers"][0]["sampler"],
         "UniPC",
         "diffusers:DPMSolverMultistepScheduler",
