@@ -1,0 +1,184 @@
+"""The training loop, a generator: one optimizer step per ``yield``; logging, saving, measuring and stopping stay with the caller."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..families import Condition
+from ..objectives.objective import Batch, Moment, Objective
+from .config import TrainConfig
+from .draws import Draws, hashed, order
+from .networks import Networks
+
+
+class Examples(Protocol):
+    """Data with random access: clean samples and what the network is told of them."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: list[int]) -> tuple[Tensor, Condition]:
+        """(B, ...) float32 samples and their conditions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one optimizer step came to; the means are over the batch of all processes."""
+
+    step: int  # number of steps done
+    stage: int
+    losses: Mapping[str, float]  # by role
+    logs: Mapping[str, float]
+    grad_norms: Mapping[str, float]  # by role, before clipping
+    lr: float
+    seconds: float  # of this step
+
+
+class Training:
+    """A training under way: networks, optimizers and the number of steps done, which is all there is to save.
+
+    Args:
+        data: read by index; its order is a permutation per epoch that depends on the seed.
+        accelerator: made by the caller, so that devices, precision and processes are accelerate's affair.
+
+    Raises:
+        ValueError: the batch does not divide among processes and parts.
+    """
+
+    def __init__(self, nets: Networks, data: Examples, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.nets, self.data, self.config, self.accelerator = nets, data, config, accelerator
+        self.objective: Objective = nets.objective
+        parts = accelerator.num_processes * config.gradient_accumulation_steps
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size={config.batch_size} does not divide into {accelerator.num_processes} processes "
+                f"x {config.gradient_accumulation_steps} gradient_accumulation_steps"
+            )
+        if config.train_steps % self.objective.stages:
+            raise ValueError(f"train_steps={config.train_steps} does not divide into the method's {self.objective.stages} stages")
+        self.step = 0
+        self.stage_length = config.train_steps // self.objective.stages
+        if config.gradient_checkpointing:
+            for network in set(nets.modules.values()):
+                network.enable_gradient_checkpointing()
+                network.train()  # Diffusers checkpoints in training mode only; these networks have no dropout to wake
+        self.optimizers = self._place()
+
+    def _place(self) -> dict[str, Any]:
+        """Networks on the device, wrapped for the process group, and an optimizer per trained role."""
+        nets, accelerator = self.nets, self.accelerator
+        nets.null = nets.null and {name: value.to(accelerator.device) for name, value in nets.null.items()}
+        placed: dict[int, Any] = {}
+        for network in set(nets.modules.values()):
+            trained = any(weight.requires_grad for weight in network.parameters())
+            placed[id(network)] = accelerator.prepare(network) if trained else network.to(accelerator.device)
+        nets.wrapped = {role: placed[id(network)] for role, network in nets.modules.items()}
+        return {role: self._make_optimizer(role) for role in self.objective.trains}
+
+    def _make_optimizer(self, role: str) -> Any:
+        config = self.config
+        weights = [weight for weight in self.nets.parameters(role).values() if weight.requires_grad]
+        options: dict[str, Any] = dict(lr=self.lr, betas=config.adam_betas, weight_decay=config.weight_decay)
+        if config.optimizer == "adamw_8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
+            except ImportError as error:
+                raise ValueError('optimizer="adamw_8bit" needs the package bitsandbytes, which is not installed') from error
+            return self.accelerator.prepare(AdamW8bit(weights, **options))
+        return self.accelerator.prepare(torch.optim.AdamW(weights, fused=config.optimizer == "adamw_fused", **options))
+
+    @property
+    def lr(self) -> float:
+        """The full learning rate."""
+        return self.config.lr or self.objective.default_lr
+
+    def steps(self) -> Iterator[Progress]:
+        """Train from where it stands to the end, yielding after every optimizer step.
+
+        Raises:
+            FloatingPointError: a loss that is not finite; the step is not taken.
+        """
+        while self.step < self.config.train_steps:
+            start = time.perf_counter()
+            stage, inside = divmod(self.step, self.stage_length)
+            if stage and not inside:
+                self.nets.promote()
+                self.optimizers = {role: self._make_optimizer(role) for role in self.objective.trains}
+            lr = self.lr * self.config.lr_factor(inside, self.stage_length)
+            losses, logs = self._accumulate(Moment(self.step, stage))
+            norms = {role: self._update(role, lr) for role in losses}
+            if self.objective.ema_decay:
+                self.nets.follow(self.objective.ema_decay)
+            self.step += 1
+            yield Progress(self.step, stage, losses, logs, norms, lr, time.perf_counter() - start)
+
+    def _accumulate(self, now: Moment) -> tuple[dict[str, float], dict[str, float]]:
+        """Gradients of all parts of the batch; the mean losses and logs of all processes, by name."""
+        parts = self.config.gradient_accumulation_steps
+        sums: dict[str, Tensor] = {}
+        roles: list[str] = []
+        for part in range(parts):
+            places = self._places(part)
+            torch.manual_seed(hashed(self.config.seed, now.step, places[0]) >> 1)  # of what a network itself may draw
+            batch = self.batch(now.step, places)
+            with contextlib.ExitStack() as stack:
+                if part < parts - 1:  # gradients meet the other processes' with the last part
+                    for network in set(self.nets.wrapped.values()):
+                        stack.enter_context(self.accelerator.no_sync(network))
+                with self.accelerator.autocast():
+                    losses = self.objective.losses(self.nets, batch, now)
+                for role, loss in losses.items():
+                    mean = loss.per_example.mean()
+                    self.nets.differentiate(role)
+                    self.accelerator.backward(mean / parts)
+                    for name, value in {role: mean, **{f"{role}/{k}": v for k, v in loss.logs.items()}}.items():
+                        sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / parts
+            roles = list(losses)
+        means = {name: float(value) for name, value in self._over_processes(sums).items()}
+        for role in roles:
+            if not math.isfinite(means[role]):
+                examples = sorted(set(order(self.config.seed, len(self.data), self._positions(now.step, range(self.config.batch_size)))))
+                raise FloatingPointError(
+                    f"the {role}'s loss is {means[role]} at step {now.step + 1}, on examples {examples[:16]}; "
+                    "nothing of this step was kept: lower lr, or look at those examples"
+                )
+        return {role: means[role] for role in roles}, {name: value for name, value in means.items() if name not in roles}
+
+    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        stacked: Any = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
+        return dict(zip(sums, stacked))
+
+    def _update(self, role: str, lr: float) -> float:
+        optimizer = self.optimizers[role]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = self.accelerator.clip_grad_norm_(weights, self.config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(norm) if norm is not None else math.nan
+
+    def batch(self, step: int, places: range) -> Batch:
+        """What a step sees at those places of its batch."""
+        x0, condition = self.data.read(order(self.config.seed, len(self.data), self._positions(step, places)))
+        device = self.accelerator.device
+        return Batch(x0.to(device), {k: v.to(device) for k, v in condition.items()}, Draws(self.config.seed, step, places))
+
+    def _positions(self, step: int, places: range) -> list[int]:
+        return [step * self.config.batch_size + place for place in places]
+
+    def _places(self, part: int) -> range:
+        """Of this process's part of the batch."""
+        share = self.config.batch_size // self.accelerator.num_processes
+        size = share // self.config.gradient_accumulation_steps
+        first = self.accelerator.process_index * share + part * size
+        return range(first, first + size)
