@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..families import Condition
 from ..objectives.objective import Batch, Moment, Objective
@@ -87,14 +88,19 @@ class Training:
     def _make_optimizer(self, role: str) -> Any:
         config = self.config
         weights = [weight for weight in self.nets.parameters(role).values() if weight.requires_grad]
-        options: dict[str, Any] = dict(lr=self.lr, betas=config.adam_betas, weight_decay=config.weight_decay)
-        if config.optimizer == "adamw_8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
-            except ImportError as error:
-                raise ValueError('optimizer="adamw_8bit" needs the package bitsandbytes, which is not installed') from error
-            return self.accelerator.prepare(AdamW8bit(weights, **options))
-        return self.accelerator.prepare(torch.optim.AdamW(weights, fused=config.optimizer == "adamw_fused", **options))
+        options: dict[str, Any] = dict(lr=self.lr, weight_decay=config.weight_decay)
+        match config.optimizer:
+            case "sgd":
+                made: Any = torch.optim.SGD(weights, **options)
+            case "adamw_8bit":
+                try:
+                    from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
+                except ImportError as error:
+                    raise ValueError('optimizer="adamw_8bit" needs the package bitsandbytes, which is not installed') from error
+                made = AdamW8bit(weights, betas=config.adam_betas, **options)
+            case kind:
+                made = torch.optim.AdamW(weights, betas=config.adam_betas, fused=kind == "adamw_fused", **options)
+        return self.accelerator.prepare(made)
 
     @property
     def lr(self) -> float:
@@ -138,7 +144,7 @@ class Training:
                     losses = self.objective.losses(self.nets, batch, now)
                 for role, loss in losses.items():
                     mean = loss.per_example.mean()
-                    self.nets.differentiate(role)
+                    self.nets.act_as(role)
                     self.accelerator.backward(mean / parts)
                     for name, value in {role: mean, **{f"{role}/{k}": v for k, v in loss.logs.items()}}.items():
                         sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / parts
@@ -182,3 +188,46 @@ class Training:
         size = share // self.config.gradient_accumulation_steps
         first = self.accelerator.process_index * share + part * size
         return range(first, first + size)
+
+    def result(self) -> tuple[Any, dict[str, Any]]:
+        """(stock pipeline, call arguments) of the weights as they are now; the network in it is the one that is trained on."""
+        role = self.nets.exported()
+        self.nets.act_as(role)
+        inference = self.objective.inference(self.nets.family)
+        return self.nets.family.pipeline(self.nets.modules[role], inference.scheduler), inference.call_kwargs
+
+    # --- all there is to save ---------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by name, numbers): weights, optimizers, the step; from here ``load_state`` goes on bit for bit."""
+        tensors = {f"weights/{name}": whole(weight) for name, weight in self.nets.state().items()}
+        numbers: dict[str, Any] = {}
+        for role, optimizer in self.optimizers.items():
+            for name, weight in self.nets.parameters(role).items():
+                for key, value in optimizer.state.get(weight, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer/{role}/{name}/{key}"] = whole(value)
+                    else:
+                        numbers[f"optimizer/{role}/{name}/{key}"] = value
+        return tensors, {"step": self.step, "numbers": numbers}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """What ``state`` gave, put back."""
+        self.step = state["step"]
+        self.nets.load_state({name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")})
+        if self.step and not self.step % self.stage_length:
+            return  # a stage begins, with optimizers of its own
+        for role, optimizer in self.optimizers.items():
+            saved: dict[int, dict[str, Any]] = {}
+            trained = [(name, weight) for name, weight in self.nets.parameters(role).items() if weight.requires_grad]
+            for i, (name, _) in enumerate(trained):
+                start = f"optimizer/{role}/{name}/"
+                found = {key.removeprefix(start): value for part in (tensors, state["numbers"]) for key, value in part.items() if key.startswith(start)}
+                if found:
+                    saved[i] = found
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts on several processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -121,8 +121,9 @@ class Networks:
                 use_adapter(self.modules[role], role if role in self.adapters else None)
             yield self.wrapped[role]
 
-    def differentiate(self, role: str) -> None:
-        """Make ready for the backward pass of a role's loss: under gradient checkpointing the network runs again, as that role."""
+    def act_as(self, role: str) -> None:
+        """Let the base act as that role: before it is used from outside, and before a backward pass, in which gradient
+        checkpointing runs the network again."""
         if self.lora is not None:
             use_adapter(self.modules[role], role)
 
