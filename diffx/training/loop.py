@@ -12,13 +12,12 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..families import Condition
 from ..objectives.objective import Batch, Moment, Objective
 from .config import TrainConfig
 from .draws import Draws, hashed, order
-from .networks import Networks
+from .networks import Networks, placed_like, whole
 
 
 class Examples(Protocol):
@@ -79,11 +78,16 @@ class Training:
         nets, accelerator = self.nets, self.accelerator
         nets.null = nets.null and {name: value.to(accelerator.device) for name, value in nets.null.items()}
         placed: dict[int, Any] = {}
+        optimizers: dict[str, Any] = {}
         for network in set(nets.modules.values()):
-            trained = any(weight.requires_grad for weight in network.parameters())
-            placed[id(network)] = accelerator.prepare(network) if trained else network.to(accelerator.device)
+            roles = [role for role in self.objective.trains if nets.modules[role] is network]
+            if roles:  # together: sharding replaces the weights that an optimizer holds
+                placed[id(network)], *prepared = accelerator.prepare(network, *(self._make_optimizer(role) for role in roles))
+                optimizers |= dict(zip(roles, prepared))
+            else:
+                placed[id(network)] = network.to(accelerator.device)
         nets.wrapped = {role: placed[id(network)] for role, network in nets.modules.items()}
-        return {role: self._make_optimizer(role) for role in self.objective.trains}
+        return optimizers
 
     def _make_optimizer(self, role: str) -> Any:
         config = self.config
@@ -100,7 +104,7 @@ class Training:
                 made = AdamW8bit(weights, betas=config.adam_betas, **options)
             case kind:
                 made = torch.optim.AdamW(weights, betas=config.adam_betas, fused=kind == "adamw_fused", **options)
-        return self.accelerator.prepare(made)
+        return made
 
     @property
     def lr(self) -> float:
@@ -118,7 +122,7 @@ class Training:
             stage, inside = divmod(self.step, self.stage_length)
             if stage and not inside:
                 self.nets.promote()
-                self.optimizers = {role: self._make_optimizer(role) for role in self.objective.trains}
+                self.optimizers = {role: self.accelerator.prepare_optimizer(self._make_optimizer(role)) for role in self.objective.trains}
             lr = self.lr * self.config.lr_factor(inside, self.stage_length)
             losses, logs = self._accumulate(Moment(self.step, stage))
             norms = {role: self._update(role, lr) for role in losses}
@@ -220,14 +224,12 @@ class Training:
         for role, optimizer in self.optimizers.items():
             saved: dict[int, dict[str, Any]] = {}
             trained = [(name, weight) for name, weight in self.nets.parameters(role).items() if weight.requires_grad]
-            for i, (name, _) in enumerate(trained):
+            for i, (name, weight) in enumerate(trained):
                 start = f"optimizer/{role}/{name}/"
-                found = {key.removeprefix(start): value for part in (tensors, state["numbers"]) for key, value in part.items() if key.startswith(start)}
-                if found:
-                    saved[i] = found
+                moments = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+                numbers = {key.removeprefix(start): value for key, value in state["numbers"].items() if key.startswith(start)}
+                like_weight = {key: placed_like(weight, value) for key, value in moments.items() if value.shape == weight.shape}
+                if moments or numbers:
+                    saved[i] = numbers | moments | like_weight
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
 
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that may lie in parts on several processes."""
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import Condition, Family, batched, joined
 from ..objectives.level import Level, Prediction, Times, from_output, guided
@@ -132,16 +133,17 @@ class Networks:
         """Move the average a step towards the student: target = decay * target + (1 - decay) * student."""
         average = self.parameters(TARGET)
         for name, weight in self.parameters(STUDENT).items():
-            average[self._named(name, STUDENT, TARGET)].lerp_(weight.to(average[self._named(name, STUDENT, TARGET)].dtype), 1 - decay)
+            goal = average[self._named(name, STUDENT, TARGET)]
+            assign(goal, torch.lerp(whole(goal), whole(weight).to(goal.dtype), 1 - decay))
 
     @torch.no_grad()
     def promote(self) -> None:
         """The student, or its average where one is kept, becomes the teacher, and the next stage's student starts there."""
-        best = TARGET if self.objective.ema_decay else STUDENT
+        best = self.exported()
         for role in {TEACHER, *self.objective.trains} - {best}:
             goal = self.parameters(role)
             for name, weight in self.parameters(best).items():
-                goal[self._named(name, best, role)].copy_(weight)
+                assign(goal[self._named(name, best, role)], whole(weight))
 
     def _named(self, name: str, role: str, other: str) -> str:
         return name if self.lora is None else name.replace(f".{role}.", f".{other}.")
@@ -155,7 +157,7 @@ class Networks:
         roles = [*self.objective.trains, *([TARGET] if self.objective.ema_decay else [])]
         if self.objective.has_teacher and self.objective.stages > 1:
             roles.append(TEACHER)
-        return {f"{role}/{name}": weight.detach() for role in roles for name, weight in self.parameters(role).items()}
+        return {f"{role}/{name}": weight for role in roles for name, weight in self.parameters(role).items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -163,7 +165,23 @@ class Networks:
         mine = self.state()
         assert mine.keys() == state.keys(), "a checkpoint's config was compared before"
         for name, weight in mine.items():
-            weight.copy_(state[name])
+            assign(weight, state[name])
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts on several processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def placed_like(goal: Tensor, value: Tensor) -> Tensor:
+    """``value`` on the device of ``goal``, and in parts on several processes if ``goal`` is."""
+    value = value.to(goal.device)
+    return distribute_tensor(value, goal.device_mesh, goal.placements) if isinstance(goal, DTensor) else value
+
+
+def assign(goal: Tensor, value: Tensor) -> None:
+    """Write all of ``value`` into ``goal``."""
+    goal.copy_(placed_like(goal, value))
 
 
 def add_adapters(network: nn.Module, roles: Sequence[str], lora: Lora, family: Family) -> None:
