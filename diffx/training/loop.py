@@ -70,7 +70,6 @@ class Training:
         if config.gradient_checkpointing:
             for network in set(nets.modules.values()):
                 network.enable_gradient_checkpointing()
-                network.train()  # Diffusers checkpoints in training mode only; these networks have no dropout to wake
         self.optimizers = self._place()
 
     def _place(self) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class Training:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors by name, numbers): weights, optimizers, the step; from here ``load_state`` goes on bit for bit."""
-        tensors = {f"weights/{name}": whole(weight) for name, weight in self.nets.state().items()}
+        tensors = {f"weights/{name}": whole(weight).detach() for name, weight in self.nets.state().items()}
         numbers: dict[str, Any] = {}
         for role, optimizer in self.optimizers.items():
             for name, weight in self.nets.parameters(role).items():
