@@ -128,7 +128,7 @@ def test_a_call_is_the_pipelines_own(case, guidance_scale):
     pipe = case.build()
     family = family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
-    # Encoders have other last bits in a batch of two, and FluxPipeline's own negative branch takes one prompt only.
+    # Encoders give other last bits in a batch of two than for one prompt, and the null condition is encoded once.
     num = 1 if guidance_scale > 1 and case.guided != "told" else 2
     inputs, asked = told(pipe, num)
     call = family.call_kwargs(2, guidance_scale) | dict(generator=torch.Generator().manual_seed(0), output_type="np")

@@ -56,12 +56,12 @@ class Family(ABC):
     def null_condition(self, *, size: tuple[int, int]) -> Condition | None:
         """What the network is told of one sample about which nothing is said; None where it is told nothing anyway.
 
-        What it leaves out is told as it is, such as sizes.
+        Names that it leaves out, such as a size, stay as the sample has them.
         """
 
     def size_condition(self, size: tuple[int, int], original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0)) -> Condition:
-        """What the network is told of one sample's (height, width), its ``original`` one before scaling (None: the same), and the
-        (top, left) of its crop; most are told nothing. ``encode_condition`` has it for pictures that were neither scaled nor cropped.
+        """What the network is told of one sample's ``size``, its ``original`` one before scaling (None: the same) and the (top, left) of
+        its crop; most are told nothing. ``encode_condition`` includes it for pictures that were neither scaled nor cropped.
         """
         return {}
 

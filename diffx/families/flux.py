@@ -55,6 +55,6 @@ class Flux(LatentFamily):
     def call_kwargs(self, calls: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         made = super().call_kwargs(calls, guidance_scale)
         if guidance_scale > 1 and not self.takes_guidance:
-            # Networks that are told no scale are guided by a second call, which the pipeline makes on these words only.
+            # A network that is told no scale is guided by a second call, which the pipeline makes only if given a negative prompt.
             made |= {"guidance_scale": 1.0, "true_cfg_scale": guidance_scale, "negative_prompt": ""}
         return made
