@@ -59,3 +59,20 @@ def order(seed: int, num_examples: int, positions: Sequence[int]) -> list[int]:
             made[epoch] = np.random.Generator(np.random.Philox(key=hashed(seed, "order", epoch))).permutation(num_examples)
         found.append(int(made[epoch][place]))
     return found
+
+
+def batch_order(seed: int, group_sizes: Sequence[int], batch_size: int, step: int, places: Sequence[int]) -> list[int]:
+    """Which examples stand at those places of a step's batch, all of one group.
+
+    Examples are numbered group after group. Each group is an endless row of its own epochs; which group a step takes from is a
+    permutation that depends on (seed, epoch), in which every group comes as often as it fills batches, and at least once. One
+    group gives ``order``.
+    """
+    batches = [max(1, round(size / batch_size)) for size in group_sizes]
+    epoch, step_of_epoch = divmod(step, sum(batches))
+    owners = np.repeat(np.arange(len(batches)), batches)
+    owners = np.random.Generator(np.random.Philox(key=hashed(seed, "groups", epoch))).permutation(owners)
+    group = int(owners[step_of_epoch])
+    batch = epoch * batches[group] + int(np.count_nonzero(owners[:step_of_epoch] == group))
+    first, own = sum(group_sizes[:group]), seed if len(group_sizes) == 1 else hashed(seed, "group", group)
+    return [first + i for i in order(own, group_sizes[group], [batch * batch_size + place for place in places])]
