@@ -65,20 +65,6 @@ class Family(ABC):
             guidance: (B,) guidance scales that it is told; only where ``takes_guidance``.
         """
 
-    @property
-    def num_classes(self) -> int | None:
-        """Class numbers are below it; None where it is told none."""
-        return None
-
-    def cut_condition(self, original: Tensor, corner: Tensor, *, size: tuple[int, int]) -> Condition:
-        """What else it is told of pictures that were cut to ``size``, beside what ``encode_condition`` gives or in its place.
-
-        Args:
-            original: (B, 2) heights and widths of the whole pictures.
-            corner: (B, 2) top and left of the cuts, in the pictures resized to cover ``size``.
-        """
-        return {}
-
     def sample_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Of one clean sample as the network sees it, for a picture of ``size``."""
         raise NotImplementedError
