@@ -95,7 +95,8 @@ class Networks:
         if self.null is None or np.all(scale == 1):
             return self.predict(role, x, level, condition)
         twice = Level(*(np.concatenate([part, part]) for part in (level.t, level.alpha, level.sigma)))
-        both = joined(condition, {k: v.to(x.device) for k, v in batched(self.null, len(x)).items()})
+        null = {k: v.to(x.device) for k, v in batched(self.null, len(x)).items()}
+        both = joined(condition, {**condition, **null})
         found = self.predict(role, torch.cat([x, x]), twice, both)
         (x0, x0_null), (eps, eps_null) = found.x0.chunk(2), found.eps.chunk(2)
         return guided(Prediction(x0, eps), Prediction(x0_null, eps_null), scale)
@@ -105,10 +106,11 @@ class Networks:
         if self.null is None or not dropped.any():
             return condition
         mask = torch.as_tensor(dropped)
-        made = {}
-        for name, value in condition.items():
+        made = dict(condition)
+        for name, null in self.null.items():
+            value = condition[name]
             rows = mask.to(value.device).view(-1, *[1] * (value.ndim - 1))
-            made[name] = torch.where(rows, self.null[name].to(value.device), value)
+            made[name] = torch.where(rows, null.to(value.device), value)
         return made
 
     @contextlib.contextmanager
