@@ -20,7 +20,7 @@ from ..calibration.problem import key_of
 from ..families import Condition, Family
 from .data import DataConfig, Pictures, Prompts, read_data
 from .draws import hashed
-from .encoders import FORMAT, TEXT_ENCODERS, VAE, finite, hash_of, in_float32, made_by
+from .encoders import FORMAT, TEXT_ENCODERS, VAE, finite, hash_of, made_by
 from .generated import Generator
 from .pictures import Cut, Size, buckets, channels_of, cuts_of, open_picture, picture_size, pixels_of, side_multiple
 from .store import Rows, Store
@@ -112,17 +112,18 @@ def _told(family: Family, size: Size) -> str | None:
 
 
 def _check_labels(source: Pictures | Prompts, family: Family) -> None:
-    if family.num_classes is None:
-        return
+    num_classes = getattr(family, "num_classes", None)  # of the families that are told a class
     for i, label in enumerate(source.labels or []):
-        if not 0 <= label < family.num_classes:
+        if num_classes is not None and not 0 <= label < num_classes:
             name = source.name(i) if isinstance(source, Pictures) else f"entry {i}"
-            raise ValueError(f"{name} has the label {label}, and the model's classes are 0 to {family.num_classes - 1}")
+            raise ValueError(f"{name} has the label {label}, and the model's classes are 0 to {num_classes - 1}")
 
 
 def _encoded(source: Pictures, family: Family, config: DataConfig, size: Size, folder: Path, progress: bool) -> list[Group]:
     digests, originals = _identified(source, folder, progress)
     sizes = buckets(size, side_multiple(family)) if config.aspect_buckets else [size]
+    for each in sizes:
+        family.sample_shape(each)  # which refuses sizes that the model cannot have
     cuts: dict[Size, list[tuple[int, Cut]]] = {}
     for i, (digest, original) in enumerate(zip(digests, originals)):
         # Drawn by what the picture shows: when other pictures come or go, its cuts stay.
@@ -138,8 +139,7 @@ def _encoded(source: Pictures, family: Family, config: DataConfig, size: Size, f
         texts = [source.texts[i] for i, _ in rows] if source.texts else None
         labels = [source.labels[i] for i, _ in rows] if source.labels else None
         conditions, told = _conditions(texts, labels, len(rows), family, size, folder, progress)
-        corners, wholes = torch.tensor([cut.corner for _, cut in rows]), torch.tensor([originals[i] for i, _ in rows])
-        groups.append(Group(size, samples, conditions, told, family.cut_condition(wholes, corners, size=size)))
+        groups.append(Group(size, samples, conditions, told, _sizes(family, size, [(originals[i], cut.corner) for i, cut in rows])))
     return groups
 
 
@@ -160,8 +160,7 @@ def _samples(
 
     key = {"channels": channels, "cuts": hash_of((digests[i], *cut) for i, cut in rows), **made_by(family, VAE)}
     samples = Store(folder / f"samples-{key_of(key)}", len(rows))
-    with in_float32(family.pipe.components.get("vae")):
-        _fill(samples, encode, f"encoding {size[0]} x {size[1]}", progress)
+    _fill(samples, encode, f"encoding {size[0]} x {size[1]}", progress)
     return samples
 
 
@@ -172,8 +171,7 @@ def _generated(generator: Generator, folder: Path, progress: bool) -> Group:
     words: list[Any] = [row.word for row in rows]
     texts, labels = words if generator.prompts.texts else None, words if generator.prompts.labels else None
     conditions, told = _conditions(texts, labels, len(rows), family, size, folder, progress)
-    corners, wholes = torch.zeros(len(rows), 2, dtype=torch.long), torch.tensor([size] * len(rows))
-    return Group(size, samples, conditions, told, family.cut_condition(wholes, corners, size=size))
+    return Group(size, samples, conditions, told, {})
 
 
 def _conditions(
@@ -193,6 +191,12 @@ def _conditions(
     conditions = Store(folder / f"conditions-{key_of(key)}", len(different))
     _fill(conditions, encode, "encoding captions", progress)
     return conditions, np.array([places[word] for word in words])
+
+
+def _sizes(family: Family, size: Size, cuts: Sequence[tuple[Size, Size]]) -> Condition:
+    """(B, ...) what the network is told of pictures' original sizes and the corners of their cuts."""
+    told = [family.size_condition(size, original, corner) for original, corner in cuts]
+    return {name: torch.cat([each[name].cpu() for each in told]) for name in told[0]}
 
 
 def _identified(source: Pictures, folder: Path, progress: bool) -> tuple[list[str], list[Size]]:

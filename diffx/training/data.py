@@ -40,8 +40,8 @@ class DataConfig:
     cache: str | Path | None = None  # folder; None is $XDG_CACHE_HOME/diffx/data or ~/.cache/diffx/data
 
     def __post_init__(self) -> None:
-        sides = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
-        if self.resolution is not None and (len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides)):
+        sides = (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+        if sides is not None and not (len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)):
             raise ValueError(f"resolution={self.resolution!r} must be a positive number of pixels, or (height, width)")
         for name in ("num_crops", "num_generated", "num_inference_steps"):
             if (value := getattr(self, name)) is not None and value < 1:

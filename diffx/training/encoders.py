@@ -1,13 +1,11 @@
-"""What a pipeline's encoders and networks are, as keys of what they made; and a VAE that does not overflow."""
+"""What a pipeline's encoders and networks are, as keys of what they made."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..calibration.problem import sketch
@@ -37,7 +35,9 @@ def made_by(family: Family, prefixes: tuple[str, ...]) -> dict[str, Any]:
 def _adapters(network: nn.Module) -> str:
     """Which adapters of PEFT act, and how strongly: their weights are parameters, this is not."""
     layers = (vars(module) for module in network.modules())
-    return hash_of((layer["scaling"], layer["_active_adapter"], layer["_disable_adapters"]) for layer in layers if "scaling" in layer)
+    return hash_of(
+        (layer["scaling"], layer["_active_adapter"], layer["_disable_adapters"]) for layer in layers if "_active_adapter" in layer
+    )
 
 
 def hash_of(rows: Iterable[Any]) -> str:
@@ -46,20 +46,6 @@ def hash_of(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.update(repr(row).encode() + b"\n")
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def in_float32(vae: Any) -> Iterator[None]:
-    """A VAE that overflows in half precision encodes in float32; its type is as before when the block ends, and so are its numbers."""
-    if vae is None or not vae.config.get("force_upcast") or vae.dtype == torch.float32:
-        yield
-        return
-    dtype = vae.dtype
-    vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        vae.to(dtype)
 
 
 def finite(x0: Tensor, name: Callable[[int], str]) -> Tensor:

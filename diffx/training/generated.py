@@ -83,7 +83,8 @@ class Generator:
                 pipe(**{name: value for name, value in options.items() if name in takes})
             else:
                 self._run(words, generators)
-        return last[0][: len(rows)].float().cpu()  # some pipelines step both halves of a guided batch
+        ends = last[0][: len(rows)]  # some pipelines step both halves of a guided batch
+        return self.family.from_pipeline(ends, self.size).float().cpu()
 
     def _run(self, words: list[Any], generators: list[torch.Generator]) -> None:
         """The loop that everybody writes, for networks whose pipeline takes no condition."""

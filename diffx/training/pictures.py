@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..families import Family
+from ..families.latent import LatentFamily
 
 Size = tuple[int, int]  # (height, width) in pixels
 MAX_ASPECT = 2.0  # of the longest bucket; longer pictures are cut
@@ -125,21 +126,22 @@ def picture_size(family: Family, resolution: int | Size | None) -> Size:
         if sample is None:
             raise ValueError(f"{type(family.base).__name__} names no size of its own; give resolution")
         sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        resolution = sides[0] * _latent_factor(family), sides[1] * _latent_factor(family)
+        scale = family.vae_scale if isinstance(family, LatentFamily) else 1
+        resolution = sides[0] * scale, sides[1] * scale
     size = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
-    if any(side % side_multiple(family) for side in size):
-        step = side_multiple(family)
+    step = side_multiple(family)
+    if any(side % step for side in size):
         near = tuple(max(1, round(side / step)) * step for side in size)
         raise ValueError(f"resolution={size}: this {type(family.base).__name__} takes multiples of {step}, such as {near}")
+    family.sample_shape(size)  # which refuses what else there is to refuse
     return size
 
 
 def side_multiple(family: Family) -> int:
-    """What a picture's sides must divide by: the VAE's factor, and what the network itself halves and cannot restore."""
-    config = family.base.config
-    if "vae" not in family.pipe.components:
-        return 2 ** (len(config.get("block_out_channels", [0])) - 1)
-    return _latent_factor(family) * (1 if family.network == "unet" else 2)  # these transformers see patches of 2 x 2 latents
+    """What a picture's sides must divide by: the VAE's factor and the network's patches, or what a network of pixels halves."""
+    if isinstance(family, LatentFamily):
+        return family.vae_scale * family.patch
+    return 2 ** (len(family.base.config.block_out_channels) - 1)
 
 
 def buckets(size: Size, multiple: int) -> list[Size]:
@@ -168,10 +170,6 @@ def channels_of(family: Family) -> int:
     if channels not in MODES:
         raise ValueError(f"the model has pictures of {channels} channels, and files have {', '.join(map(str, MODES))}")
     return channels
-
-
-def _latent_factor(family: Family) -> int:
-    return family.pipe.vae_scale_factor if "vae" in family.pipe.components else 1
 
 
 def _log_aspect(size: Size) -> float:
