@@ -80,6 +80,8 @@ class Generator:
             if told:
                 options = {told: words, "generator": generators, "output_type": "latent", "height": self.size[0], "width": self.size[1]}
                 options |= self.family.call_kwargs(self.config.num_inference_steps, self.scale)
+                if isinstance(negative := options.get("negative_prompt"), str):
+                    options["negative_prompt"] = [negative] * len(rows)  # pipelines want one per prompt
                 pipe(**{name: value for name, value in options.items() if name in takes})
             else:
                 self._run(words, generators)
