@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FluxPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UNet2DModel
 from peft import LoraConfig
 from PIL import Image
 
@@ -505,7 +505,11 @@ def test_prompts_alone_give_the_pipelines_own_latents(tmp_path, build, guidance_
         assert torch.allclose(told[name][3:], value, atol=1e-5)  # encoded in another batch
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDPMScheduler()], ids=["DDIM", "DDPM, which draws noise on the way"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler(), DDPMScheduler(), FlowMatchEulerDiscreteScheduler()],
+    ids=["DDIM", "DDPM, which draws noise on the way", "flow"],
+)
 def test_nothing_at_all_gives_an_unconditional_models_samples(tmp_path, scheduler):
     pipe = pixel_pipeline(scheduler=scheduler)
     x0, told = make_cache(None, family_of(pipe), DataConfig(cache=tmp_path, num_generated=3, num_inference_steps=4)).read(range(3))
@@ -633,7 +637,9 @@ def refused(data, family, match: str, tmp_path, **settings):
 
 def test_what_is_no_data(tmp_path, text_family):
     refused(7, text_family, "data is a int; a folder, a datasets.Dataset, its Hub id", tmp_path)
-    refused([], text_family, "the model is told a caption of every sample", tmp_path)
+    refused([], text_family, "data is empty", tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    refused(tmp_path / "rows.jsonl", text_family, "is a file; a .txt file with one prompt a line, or a folder", tmp_path)
     refused([7.0], text_family, "sequence of float; dicts", tmp_path)
     refused("a red fox", text_family, "'a red fox' is no folder or file here, and a Hub id has the form owner/name", tmp_path)
     refused(tmp_path / "no" / "where", text_family, "is no folder or file here", tmp_path)

@@ -21,7 +21,7 @@ from ..families import Condition, Family
 from .data import DataConfig, Pictures, Prompts, read_data
 from .draws import hashed
 from .encoders import FORMAT, TEXT_ENCODERS, VAE, finite, hash_of, made_by
-from .generated import Generator
+from .generated import Generated
 from .pictures import Cut, Size, buckets, channels_of, cuts_of, open_picture, picture_size, pixels_of, side_multiple
 from .store import Rows, Store
 
@@ -91,7 +91,7 @@ def make_cache(data: Any, family: Family, config: DataConfig | None = None, *, p
     folder = (Path(config.cache) if config.cache else default_cache()).expanduser()
     with torch.no_grad():
         if isinstance(source, Prompts):
-            return Cache([_generated(Generator(source, family, config, size), folder, progress)])
+            return Cache([_generated(Generated(source, family, config, size), folder, progress)])
         return Cache(_encoded(source, family, config, size, folder, progress))
 
 
@@ -164,12 +164,12 @@ def _samples(
     return samples
 
 
-def _generated(generator: Generator, folder: Path, progress: bool) -> Group:
-    size, rows, family = generator.size, generator.rows, generator.family
-    samples = Store(folder / f"generated-{key_of(generator.describe())}", len(rows))
-    _fill(samples, generator.samples, "generating", progress)
+def _generated(made: Generated, folder: Path, progress: bool) -> Group:
+    size, rows, family = made.size, made.rows, made.family
+    samples = Store(folder / f"generated-{key_of(made.describe())}", len(rows))
+    _fill(samples, made.samples, "generating", progress)
     words: list[Any] = [row.word for row in rows]
-    texts, labels = words if generator.prompts.texts else None, words if generator.prompts.labels else None
+    texts, labels = words if made.prompts.texts else None, words if made.prompts.labels else None
     conditions, told = _conditions(texts, labels, len(rows), family, size, folder, progress)
     return Group(size, samples, conditions, told, {})
 

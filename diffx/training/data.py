@@ -103,6 +103,8 @@ def read_data(data: Any, config: DataConfig, told: str | None) -> Pictures | Pro
             made = _read_path(data, config, told)
         case _ if type(data).__module__.split(".")[0] == "datasets":  # whoever has one has imported it
             made = _read_dataset(data, config, told)
+        case Sequence() if not len(data):
+            raise ValueError("data is empty; None lets a model that is told nothing make samples")
         case Sequence() if all(isinstance(each, str) for each in data):
             made = Prompts(texts=list(data))
         case Sequence() if all(isinstance(each, int) for each in data):
@@ -141,6 +143,8 @@ def _check_told(data: Pictures | Prompts, told: str | None) -> None:
 def _read_path(path: str | Path, config: DataConfig, told: str | None) -> Pictures | Prompts:
     place = Path(path).expanduser()
     if place.is_file():
+        if place.suffix != ".txt":
+            raise ValueError(f"data={str(path)!r} is a file; a .txt file with one prompt a line, or a folder of pictures, is needed")
         return Prompts(texts=read_prompts(place))
     if not place.exists():
         if not (isinstance(path, str) and HUB_ID.fullmatch(path)):
@@ -171,7 +175,7 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None) -> Pictures
     if metadata := next((folder / name for name in METADATA if (folder / name).is_file()), None):
         rows = _read_metadata(metadata)
         files = [folder / row["file_name"] for row in rows]
-        if lost := [str(file.relative_to(folder)) for file in files if not file.is_file()]:
+        if lost := [row["file_name"] for row, file in zip(rows, files) if not file.is_file()]:
             raise ValueError(f"{metadata} lists {len(lost)} files that are not there: {', '.join(lost[:NUM_SHOWN])}")
         columns = sorted({key for row in rows for key in row})
         if told == "text":
@@ -183,8 +187,7 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None) -> Pictures
     elif told == "label":
         classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
         labels = [classes.index(file.relative_to(folder).parts[0]) if file.parent != folder else None for file in files]
-    names = [str(file.relative_to(folder)) for file in files]
-    return Pictures(files, names.__getitem__, texts, labels, _of_files(files))
+    return Pictures(files, lambda i: os.path.relpath(files[i], folder), texts, labels, _of_files(files))
 
 
 def _read_metadata(file: Path) -> list[dict[str, Any]]:
@@ -224,11 +227,10 @@ def _read_dataset(data: Any, config: DataConfig, told: str | None) -> Pictures:
     if isinstance(data.features[column], datasets.Image):  # undecoded: those in files are known by name and time, and not read again
         rows = rows.cast_column(column, datasets.Image(decode=False))
     files: Any = rows[column]
-    fingerprint = data._fingerprint
     if len(files) and isinstance(files[0], dict) and files[0]["bytes"] is None:
-        files = [row["path"] for row in files]
-        fingerprint = _of_files(files)
-    return Pictures(files, lambda i: f"row {i}", texts, labels, fingerprint)
+        paths = [row["path"] for row in files]
+        return Pictures(paths, lambda i: paths[i], texts, labels, _of_files(paths))
+    return Pictures(files, lambda i: f"row {i}", texts, labels, data._fingerprint)
 
 
 def _read_rows(rows: Any, config: DataConfig, told: str | None) -> Pictures:

@@ -30,8 +30,8 @@ class Wanted(NamedTuple):
     copy: int
 
 
-class Generator:
-    """Makes the samples of ``prompts``, which take turns; row i is a function of (seed, its prompt, how often that came before).
+class Generated:
+    """The samples of ``prompts``, which take turns; row i is a function of (seed, its prompt, how often that came before).
 
     Raises:
         ValueError: the settings do not fit the prompts or the model.
@@ -96,9 +96,10 @@ class Generator:
         noise = torch.stack([torch.randn(family.sample_shape(self.size), generator=generator) for generator in generators])
         scheduler.set_timesteps(self.config.num_inference_steps)
         options: dict[str, Any] = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        x = noise.to(network.device, network.dtype) * scheduler.init_noise_sigma
+        x = noise.to(network.device, network.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching Euler has neither
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
         for t in scheduler.timesteps:
-            out = family.forward(network, scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)), condition)
+            out = family.forward(network, scale(x, t), t.to(x.device).expand(len(x)), condition)
             x = scheduler.step(out, t, x, **options, return_dict=False)[0]
 
 
