@@ -93,6 +93,10 @@ class Family(ABC):
         """Of one clean sample as the network sees it, for a picture of ``size``."""
         raise NotImplementedError
 
+    def from_pipeline(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Samples as the network sees them, of what the stock pipeline's loop ends with for pictures of ``size``: mostly the same."""
+        return latents
+
     def call_kwargs(self, calls: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """What a pipeline is called with for that many network calls; guidance scale 1 is off."""
         return {"num_inference_steps": calls, "guidance_scale": guidance_scale}

@@ -49,6 +49,10 @@ class Flux(LatentFamily):
         )[0]
         return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
 
+    def from_pipeline(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        _, height, width = self.sample_shape(size)
+        return FluxPipeline._unpack_latents(latents, height, width, vae_scale_factor=1)
+
     def with_guidance_embedding(self, network: Any) -> Any:
         return network if network.config.guidance_embeds else super().with_guidance_embedding(network)
 

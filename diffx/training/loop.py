@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,14 +16,17 @@ from torch import Tensor
 from ..families import Condition
 from ..objectives.objective import Batch, Moment, Objective
 from .config import TrainConfig
-from .draws import Draws, hashed, order
+from .draws import Draws, batch_order, hashed
 from .networks import Networks, placed_like, whole
 
 
 class Examples(Protocol):
-    """Data with random access: clean samples and what the network is told of them."""
+    """Data with random access: clean samples and what the network is told of them, numbered group after group."""
 
-    def __len__(self) -> int: ...
+    @property
+    def group_sizes(self) -> Sequence[int]:
+        """How many examples of each shape there are; those of a step all have one."""
+        ...
 
     def read(self, indices: list[int]) -> tuple[Tensor, Condition]:
         """(B, ...) float32 samples and their conditions."""
@@ -155,7 +158,7 @@ class Training:
         means = {name: float(value) for name, value in self._over_processes(sums).items()}
         for role in roles:
             if not math.isfinite(means[role]):
-                examples = sorted(set(order(self.config.seed, len(self.data), self._positions(now.step, range(self.config.batch_size)))))
+                examples = sorted(set(self._examples(now.step, range(self.config.batch_size))))
                 raise FloatingPointError(
                     f"the {role}'s loss is {means[role]} at step {now.step + 1}, on examples {examples[:16]}; "
                     "nothing of this step was kept: lower lr, or look at those examples"
@@ -178,12 +181,12 @@ class Training:
 
     def batch(self, step: int, places: range) -> Batch:
         """What a step sees at those places of its batch."""
-        x0, condition = self.data.read(order(self.config.seed, len(self.data), self._positions(step, places)))
+        x0, condition = self.data.read(self._examples(step, places))
         device = self.accelerator.device
         return Batch(x0.to(device), {k: v.to(device) for k, v in condition.items()}, Draws(self.config.seed, step, places))
 
-    def _positions(self, step: int, places: range) -> list[int]:
-        return [step * self.config.batch_size + place for place in places]
+    def _examples(self, step: int, places: range) -> list[int]:
+        return batch_order(self.config.seed, self.data.group_sizes, self.config.batch_size, step, places)
 
     def _places(self, part: int) -> range:
         """Of this process's part of the batch."""
