@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
 
-from .level import Level, Times, column, noised, to_output
+from .level import Level, Prediction, Times, column, noised, to_output
 from .objective import Batch, Inference, Loss, Moment, Objective
 from .weights import absolute, pseudo_huber, squared
 
@@ -40,7 +41,7 @@ class Diffusion(Objective):
 
     has_teacher: ClassVar[bool] = False
     default_lr: ClassVar[float] = 1e-4
-    ema_decay: float = 0.999
+    ema_decay: float | None = 0.999
     distance: Distance = "mse"
     huber_c: float = 0.1
     times: TimeSampling = "uniform"
@@ -67,9 +68,7 @@ class Diffusion(Objective):
             noise = noise + self.offset_noise * batch.draws.normal("offset", batch.x0[:, :, *[slice(0, 1)] * (batch.x0.ndim - 2)])
         x = noised(batch.x0, noise, level)
         dropped = batch.draws.uniform("dropout") < self.condition_dropout
-        out = nets.output("student", x, level, nets.without(batch.condition, dropped))
-        kind = nets.family.process.prediction_type
-        difference = out - to_output(batch.x0, noise, level, kind)
+        difference = output_error(nets, "student", x, level, nets.without(batch.condition, dropped), Prediction(batch.x0, noise))
         match self.distance:
             case "mse":
                 distance = squared(difference)
@@ -77,11 +76,11 @@ class Diffusion(Objective):
                 distance = absolute(difference)
             case "huber":
                 distance = pseudo_huber(difference, self.huber_c)
-        return {"student": Loss(column(self.weight(level, kind), out).flatten() * distance)}
+        weight = self.weight(level, nets.family.process.prediction_type)
+        return {"student": Loss(column(weight, distance) * distance)}
 
     def sample_level(self, times: Times, batch: Batch) -> Level:
-        """(B,) levels at random train times: whole ones with betas, any for flow."""
-        last = times.num_train_timesteps - (not times.flow)
+        """(B,) levels at random train times."""
         match self.times:
             case "uniform":
                 share = batch.draws.uniform("time")
@@ -90,9 +89,7 @@ class Diffusion(Objective):
                 share = np.clip(batch.draws.gaussian("time", mean, std), 0, 1)
             case "logit_normal":
                 share = 1 / (1 + np.exp(-batch.draws.gaussian("time", self.times_mean or 0.0, self.times_std or 1.0)))
-        if times.flow:
-            return times.at(np.maximum(share, 1e-4) * last)
-        return times.at(np.minimum(np.floor(share * (last + 1)), last))
+        return times.between(share)
 
     def weight(self, level: Level, prediction_type: str) -> np.ndarray:
         """(B,) factors of the squared error of the network's output."""
@@ -109,3 +106,11 @@ class Diffusion(Objective):
     def inference(self, family: Any) -> Inference:
         scheduler: SchedulerMixin = family.pipe.scheduler
         return Inference(scheduler, family.call_kwargs(50, 3.0 if family.guidable else 1.0))
+
+
+def output_error(
+    nets: Any, role: str, x: Tensor, level: Level, condition: Any, wanted: Prediction, guidance: np.ndarray | None = None
+) -> Tensor:
+    """(B, ...) the output of a role's network on ``x`` less the one that would say ``wanted``."""
+    out = nets.output(role, x, level, condition, guidance)
+    return out - to_output(wanted.x0, wanted.eps, level, nets.family.process.prediction_type)

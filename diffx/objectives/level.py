@@ -3,12 +3,11 @@
 Coefficients are float64 on the host and become one float32 column per batch; x = alpha x0 + sigma eps throughout.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..schedulers.process import PredictionType, Process, x0_weights
@@ -145,23 +144,36 @@ class Times:
         t = np.asarray(t, np.float64)
         return Level(t, *self.process.levels(self.process.sigma_at(t)))
 
-    def trailing(self, calls: int) -> Grid:
-        """Evenly spaced times from pure noise to clean data, as "trailing" samplers and flow models at shift 1 visit them."""
+    def between(self, share: np.ndarray) -> Level:
+        """(B,) levels by their place among all train times, 0 to 1: whole times with betas, any but 0 for flow."""
+        if self.flow:
+            return self.at(np.maximum(share, 1e-4) * self.num_train_timesteps)
+        return self.at(np.minimum(np.floor(share * self.num_train_timesteps), self.num_train_timesteps - 1))
+
+    def trailing(self, calls: int, *, to_first: bool = False) -> Grid:
+        """Evenly spaced times from pure noise to clean data, as "trailing" samplers and flow models at shift 1 visit them.
+
+        Args:
+            to_first: end at train time 0, which is a little noisy with betas, instead of at clean data.
+        """
         steps = self.num_train_timesteps
         if self.flow:
             t = steps * np.linspace(1.0, 0.0, calls + 1)
             return self._ending(t[:-1], 0.0)
-        return self._ending(np.round(np.arange(steps, 0, -steps / calls)) - 1, 0.0)
+        return self._ending(np.round(np.arange(steps, 0, -steps / calls)) - 1, self._first if to_first else 0.0)
 
-    def of(self, scheduler: SchedulerMixin, calls: int) -> Grid:
+    def of(self, scheduler: Any, calls: int) -> Grid:
         """The grid that a stock scheduler walks in ``calls`` steps, read from it: training on it is training for it."""
         scheduler.set_timesteps(calls)
         t = scheduler.timesteps.numpy().astype(np.float64)
         if self.flow:
             sigma = scheduler.sigmas.numpy().astype(np.float64)
             return Grid(np.append(t, 0.0), 1 - sigma, sigma)
-        final = 0.0 if scheduler.config.get("set_alpha_to_one", True) else float(self.process.sigma_at(np.zeros(1))[0])
-        return self._ending(t, final)
+        return self._ending(t, 0.0 if scheduler.config.get("set_alpha_to_one", True) else self._first)
+
+    @property
+    def _first(self) -> float:
+        return float(self.process.sigma_at(np.zeros(1))[0])
 
     def _ending(self, t: np.ndarray, final: float) -> Grid:
         alpha, sigma = self.process.levels(np.append(self.process.sigma_at(t), final))

@@ -42,8 +42,7 @@ class Progressive(Objective):
         return round(np.log2(self.start / self.end))
 
     def check(self, family) -> None:
-        if family.process.prediction_type == "epsilon" and family.process.zero_terminal_snr:
-            raise ValueError('prediction_type="epsilon" at zero terminal SNR has no first step; a "v_prediction" model has one')
+        super().check(family)
         check_divides(family, self.end)
 
     def losses(self, nets, batch: Batch, now: Moment) -> dict[str, Loss]:
@@ -58,7 +57,7 @@ class Progressive(Objective):
         second = nets.guided("teacher", x_middle, middle, batch.condition, scale)
         goal = progressive_target(x, jump(second, end), level, end)
         found = nets.predict("student", x, level, batch.condition)
-        weight = column(truncated_snr(level.snr), found.x0).flatten()
+        weight = column(truncated_snr(level.snr), x).flatten()
         return {"student": Loss(weight * squared(found.x0 - goal))}
 
     def inference(self, family) -> Inference:

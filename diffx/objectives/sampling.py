@@ -38,7 +38,7 @@ def stochastic(family: Family, calls: int, original_steps: int) -> Inference:
 
 
 def even_flow(family: Family, calls: int) -> dict[str, Any]:
-    """Config with which ``set_timesteps(calls)`` is 1, 1 - 1/calls, ..., 0, in pipelines that give sigmas of their own and those that do not.
+    """Config whose ``set_timesteps(calls)`` is 1, 1 - 1/calls, ..., 0, in pipelines that give sigmas and in those that do not.
 
     Without ``shift_terminal`` the last call would stand at 0.001, where there is nothing to do.
     """

@@ -46,11 +46,13 @@ class Networks:
     """
 
     def __init__(self, family: Family, objective: Objective, lora: Lora | None, *, size: tuple[int, int]) -> None:
+        objective = objective.settled(family, lora is not None)
         self.family, self.objective, self.lora = family, objective, lora
         self.times = Times(family.process)
         self.null = family.null_condition(size=size)
         base = family.base.requires_grad_(False)
-        own = [*objective.trains, *([TARGET] if objective.ema_decay else [])]
+        foreign = objective.modules(family)
+        own = [role for role in [*objective.trains, *([TARGET] if objective.ema_decay else [])] if role not in foreign]
         self.modules: dict[str, nn.Module] = {}
         self.adapters: tuple[str, ...] = ()
         if lora:
@@ -64,8 +66,9 @@ class Networks:
             self.modules = {role: objective.build(family, copy.deepcopy(base)) for role in own}
             if objective.has_teacher:  # that a student will replace needs weights of its own
                 self.modules[TEACHER] = copy.deepcopy(base) if objective.stages > 1 else base
-            for role in objective.trains:
-                self.modules[role].requires_grad_(True)
+            for role in own:
+                self.modules[role].requires_grad_(role in objective.trains)
+        self.modules |= {role: network.requires_grad_(True) for role, network in foreign.items()}
         for network in set(self.modules.values()):
             network.eval()  # no dropout: two networks are compared on one input
         self.wrapped: dict[str, Any] = dict(self.modules)
@@ -73,7 +76,7 @@ class Networks:
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """What is particular to a role, by name: its adapter's weights, or all of its network's."""
         named = self.modules[role].named_parameters()
-        if self.lora is None:
+        if role not in self.adapters:
             return dict(named)
         return {name: weight for name, weight in named if f".{role}." in name and "lora_" in name}
 
