@@ -30,13 +30,7 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
 
     if torch_dtype not in (None, *DTYPES):
         raise ValueError(f"torch_dtype={torch_dtype!r} is not one of {', '.join(DTYPES)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError, depending on the device
-        raise ValueError(f"device={device!r} does not work here ({_first_line(error)}); 'cpu' always does") from error
-
-    source = resolve(model)
+    device, source = resolve_device(device), resolve(model)
     options = {} if torch_dtype is None else {"torch_dtype": getattr(torch, torch_dtype)}
     try:
         return DiffusionPipeline.from_pretrained(source, **options).to(device)
@@ -63,6 +57,22 @@ def load_scheduler_config(model: str | Path | None = None) -> dict[str, Any]:
         raise ValueError(f"model {source!r} has no readable scheduler config ({type(error).__name__}: {_first_line(error)})") from error
     assert isinstance(config, dict)
     return config
+
+
+def resolve_device(device: str | None) -> str:
+    """``device`` itself, or where it is None "cuda" if there is one, else "cpu".
+
+    Raises:
+        ValueError: it does not work here.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError, depending on the device
+        raise ValueError(f"device={device!r} does not work here ({_first_line(error)}); 'cpu' always does") from error
+    return device
 
 
 def resolve(model: str | Path | None) -> str:

@@ -287,6 +287,59 @@ def test_a_broken_scheduler_config_is_one_clear_line(tmp_path):
     assert "no readable scheduler config" in refused("plan", "--model", tmp_path)
 
 
+# evaluate
+
+
+def test_evaluate_tells_few_steps_from_many_and_prints_json_alone(tmp_path):
+    words = ("--num-images", 20, "--samplers", "UniPC", "--num-inference-steps", "2,8", "--measures", "KID,coverage")
+    printed = json.loads(good("evaluate", *words, "--output", tmp_path / "out", "--json"))
+    assert printed == json.loads((tmp_path / "out" / "report.json").read_text())
+    real, two, eight = ({m["name"]: m["value"] for m in row["measures"]} for row in printed["rows"])
+    assert real["R-precision@1"] > 0.9 and eight["R-precision@1"] > two["R-precision@1"] + 0.3
+    assert two["KID"] > eight["KID"]
+    assert (tmp_path / "out" / "quality.png").is_file()
+
+
+def test_evaluate_a_folder_of_pictures(tmp_path):
+    good("sample", "rocket", "snail", "--num-images-per-prompt", 3, "--num-inference-steps", 2, "--output", tmp_path / "made" / "a.png")
+    words = ("--pictures", tmp_path / "made", "--measures", "KID, precision,recall,density,coverage", "--output", tmp_path / "out")
+    printed = good("evaluate", *words)
+    assert printed.startswith((tmp_path / "out" / "report.md").read_text()) and str(tmp_path / "out" / "pictures.png") in printed
+    assert not (tmp_path / "out" / "quality.png").exists()
+    assert "FD of 64 features needs at least 65 pictures in each set, there are 6" in refused("evaluate", "--pictures", tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pictures", "nowhere"], "no folder here"),
+        (["--real", "nowhere"], "no folder here"),
+        (["--features", "/no/where"], "cannot load an image model"),
+        (["--measures", "FID"], "measure 'FID' is not one of FD, KID"),
+        (["--samplers", "DDIMM"], "DDIM"),
+        (["--num-images", "64"], "at least 65 pictures"),
+        (["--prompts", "nowhere.txt"], "one prompt a line"),
+        (["--device", "abacus"], "'cpu' always does"),
+    ],
+)
+def test_evaluate_refuses(words, message, tmp_path):
+    assert message in refused("evaluate", "--output", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_has_the_defaults_of_the_library():
+    import inspect
+
+    from diffx.cli.evaluate import evaluate as command
+    from diffx.evaluation import evaluate
+    from diffx.evaluation.evaluate import MEASURES
+
+    told, function = inspect.signature(command).parameters, inspect.signature(evaluate).parameters
+    for name in ("num_inference_steps", "guidance_scale", "num_images", "resolution", "batch_size", "seed"):
+        assert told[name].default == function[name].default, name
+    assert tuple(told["measures"].default.split(",")) == MEASURES
+
+
 # as a process
 
 

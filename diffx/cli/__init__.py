@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from . import calibrate, compare, env, plan, sample
+from . import calibrate, compare, env, evaluate, plan, sample
 
 
 class Commands(TyperGroup):
@@ -36,6 +36,7 @@ app.command("sample")(sample.sample)
 app.command("compare")(compare.compare)
 app.command("plan")(plan.plan)
 app.command("calibrate")(calibrate.calibrate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("env")(env.env)
 
 

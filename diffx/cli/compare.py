@@ -49,12 +49,8 @@ def compare(
         str,
         typer.Option("--samplers", metavar="A,B,...", help="As --sampler of `diffx sample`, comma-separated."),
     ] = "UniPC,DPMSolver,diffusers:DPMSolverMultistepScheduler",
-    num_inference_steps: Annotated[
-        tuple, typer.Option("--num-inference-steps", metavar="N,N,...", parser=options.numbers(int), help="Steps, comma-separated.")
-    ] = (4, 8, 16),
-    guidance_scale: Annotated[
-        tuple, typer.Option("--guidance-scale", metavar="W,W,...", parser=options.numbers(float), help="Comma-separated; 1 is off.")
-    ] = (3.0,),
+    num_inference_steps: options.StepsList = (4, 8, 16),
+    guidance_scale: options.GuidanceList = (3.0,),
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Give it again for more; eight of ours otherwise.", show_default=False)
     ] = None,

@@ -38,3 +38,9 @@ def numbers(kind: type) -> Any:
             raise typer.BadParameter(f"{text!r} is not a list of numbers like 4,8,16") from None
 
     return parse
+
+
+StepsList = Annotated[tuple, typer.Option("--num-inference-steps", metavar="N,N,...", parser=numbers(int), help="Steps, comma-separated.")]
+GuidanceList = Annotated[
+    tuple, typer.Option("--guidance-scale", metavar="W,W,...", parser=numbers(float), help="Comma-separated; 1 is off.")
+]

@@ -171,12 +171,12 @@ def _counted(pipe: Any) -> Iterator[Meter]:
             hook.remove()
 
 
-def _run(pipe: Any, meter: Meter, prompts: list[str], seed: int, batch_size: int, arguments: dict, label: str) -> Run:
+def _run(pipe: Any, meter: Meter, prompts: list[str], seed: int, batch_size: int, arguments: dict, label: str, first_index: int = 0) -> Run:
     images, latents, counts, factors, stochastic = [], [], [], [], False
     start = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        meter.start([noise_generator(seed, first + i) for i in range(len(batch))])
+        meter.start([noise_generator(seed, first_index + first + i) for i in range(len(batch))])
         options = dict(arguments)
         if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
             options |= {"callback_on_step_end": meter.after_step, "callback_on_step_end_tensor_inputs": ["latents"]}

@@ -16,6 +16,7 @@ from .. import glyphs
 from ..loading import EMBEDDED, resolve
 from .features import FeatureExtractor, GlyphFeatures
 from .metrics import Measure, frechet_distance, r_precision
+from .pictures import PictureTensor
 
 RENDERINGS_PER_PROTOTYPE = 4
 DISTRACTORS = 200
@@ -60,11 +61,7 @@ class GlyphEvaluator:
         return tuple(measures)
 
     def _measure_real(self, prompts: tuple[str, ...]) -> Real:
-        asked = list(dict.fromkeys(prompts))
-        others = [prompt for prompt in all_prompts() if prompt not in set(asked)]
-        chosen = np.random.default_rng(self.seed).choice(len(others), DISTRACTORS, replace=False)
-        table = prototypes(asked + [others[i] for i in chosen], self.features, seed=self.seed)
-        own = np.array([asked.index(prompt) for prompt in prompts])
+        table, own = candidates(prompts, self.features, seed=self.seed)
         one, two = (self.features(render(prompts, seed=self.seed + k)) for k in (1, 2))
         enough = len(prompts) > one.shape[1]  # of a Frechet distance, whose covariances would be singular otherwise
         return Real(table, own, r_precision(one, table, own), two, frechet_distance(one, two) if enough else None)
@@ -74,12 +71,7 @@ def evaluator_for(model: str | None, prompts: Sequence[str]) -> GlyphEvaluator |
     """A ``GlyphEvaluator`` where ``model`` is the embedded one and every prompt a caption of its data, else None."""
     if resolve(model) != str(EMBEDDED):
         return None
-    try:
-        for prompt in prompts:
-            parse_prompt(prompt)
-    except ValueError:  # a picture of anything else has no right answer to compare with
-        return None
-    return GlyphEvaluator()
+    return GlyphEvaluator() if are_captions(prompts) else None
 
 
 @dataclass(frozen=True)
@@ -111,6 +103,16 @@ def parse_prompt(prompt: str) -> tuple[int, str]:
     )
 
 
+def are_captions(prompts: Sequence[str]) -> bool:
+    """Whether every prompt is a caption of the data; a picture of anything else has no right answer to compare with."""
+    try:
+        for prompt in prompts:
+            parse_prompt(prompt)
+    except ValueError:
+        return False
+    return True
+
+
 def all_prompts() -> list[str]:
     """Every caption of the data: 1,360 names on six backgrounds, seen and unseen."""
     return [glyphs.Rendering(glyph, background).caption() for glyph in range(len(glyphs.names())) for background in glyphs.BACKGROUNDS]
@@ -129,6 +131,23 @@ def render(prompts: Sequence[str], *, seed: int, per_prompt: int = 1) -> Tensor:
             used[prompt] += 1
             images.append(glyphs.random_rendering(glyph, rng, background).image())
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def random_pictures(count: int, *, seed: int) -> PictureTensor:
+    """``count`` random renderings of random seen glyphs and their captions: the distribution that the model was trained on."""
+    rng = np.random.default_rng((seed, len(glyphs.names())))  # training pictures are keyed by (seed, index of a glyph, ...)
+    drawn = [glyphs.random_rendering(int(rng.choice(glyphs.seen())), rng) for _ in range(count)]
+    images = torch.from_numpy(np.stack([rendering.image() for rendering in drawn])).permute(0, 3, 1, 2).float() / 255
+    return PictureTensor(images, [rendering.caption() for rendering in drawn], "renderings of the embedded model's glyphs")
+
+
+def candidates(prompts: Sequence[str], features: FeatureExtractor, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prototypes (P, D) of the prompts asked about and of 200 others of the data, and each prompt's own index (N,) among them."""
+    asked = list(dict.fromkeys(prompts))
+    others = [prompt for prompt in all_prompts() if prompt not in set(asked)]
+    chosen = np.random.default_rng(seed).choice(len(others), DISTRACTORS, replace=False)
+    table = prototypes(asked + [others[i] for i in chosen], features, seed=seed)
+    return table, np.array([asked.index(prompt) for prompt in prompts])
 
 
 def prototypes(prompts: Sequence[str], features: FeatureExtractor, *, seed: int, per_prompt: int = RENDERINGS_PER_PROTOTYPE) -> np.ndarray:

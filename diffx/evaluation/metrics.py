@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
+from scipy.special import rel_entr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,37 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
     return float(np.sum((mean_x - mean_y) ** 2) + np.sum(root_x**2) + np.sum(root_y**2) - 2 * overlap)
 
 
+def kernel_distance(x: ArrayLike, y: ArrayLike, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0) -> tuple[float, float]:
+    """Mean and standard deviation over random subsets of the unbiased squared MMD of two feature sets; "KID" only for Inception features.
+
+    The kernel is (x . y / D + 1)^3. Without bias the mean of equal distributions is 0, and single figures fall below it. Unlike
+    the Frechet distance it asks for no more samples than features, and does not shrink with their number.
+
+    Source: Binkowski et al. 2018 (arXiv:1801.01401), the Kernel Inception Distance; Gretton et al. 2012 (JMLR 13) for the estimate.
+
+    Args:
+        x, y: (N, D) and (M, D).
+        subset_size: samples drawn from each set, without repetition; where it takes all of both, one subset is all there is.
+
+    Raises:
+        ValueError: a subset is larger than a set, or smaller than 2.
+    """
+    x, y = _features(x, y)
+    if not 2 <= subset_size <= min(len(x), len(y)) or num_subsets < 1:
+        raise ValueError(
+            f"num_subsets={num_subsets} of subset_size={subset_size}: pass at least 1, of between 2 and {min(len(x), len(y))} samples"
+        )
+    if subset_size == len(x) == len(y):
+        num_subsets = 1
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(num_subsets):
+        a, b = (samples[rng.choice(len(samples), subset_size, replace=False)] for samples in (x, y))
+        within = sum(kernel.sum() - np.trace(kernel) for kernel in (_kernel(a, a), _kernel(b, b)))  # no sample beside itself: no bias
+        found.append(within / (subset_size * (subset_size - 1)) - 2 * np.mean(_kernel(a, b)))
+    return float(np.mean(found)), float(np.std(found))
+
+
 def precision_recall(real: ArrayLike, generated: ArrayLike, *, k: int = 3) -> tuple[float, float]:
     """Share of generated samples inside the real manifold, and of real ones inside the generated.
 
@@ -70,14 +102,61 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, *, k: int = 3) -> tu
     Args:
         real, generated: (N, D) and (M, D) features; recall depends on both counts, keep them equal.
     """
-    real, generated = _features(real, generated)
-    if min(len(real), len(generated)) <= k:
-        raise ValueError(f"k={k} neighbours need more than {k} samples on each side, got {len(real)} and {len(generated)}")
+    real, generated = _neighbourhoods(real, generated, k)
     distance = cdist(generated, real)  # (M, N)
-    radius_real, radius_generated = _kth_neighbour(real, k), _kth_neighbour(generated, k)
-    precision = (distance <= radius_real).any(1).mean()
-    recall = (distance <= radius_generated[:, None]).any(0).mean()
+    precision = (distance <= _kth_neighbour(real, k)).any(1).mean()
+    recall = (distance <= _kth_neighbour(generated, k)[:, None]).any(0).mean()
     return float(precision), float(recall)
+
+
+def density_coverage(real: ArrayLike, generated: ArrayLike, *, k: int = 5) -> tuple[float, float]:
+    """In how many real samples' balls a generated one lies, in units of k, and the share of these balls that hold a generated sample.
+
+    Balls as in ``precision_recall``, around real samples only, so that one odd sample of either kind moves little. For equal
+    distributions the expected density is 1 (single figures may be above it) and the expected coverage of N = M samples near 1 - 2^-k.
+
+    Source: Naeem et al. 2020 (arXiv:2002.09797), definitions of density and coverage, k = 5 as there.
+
+    Args:
+        real, generated: (N, D) and (M, D) features; coverage depends on both counts, keep them equal.
+    """
+    real, generated = _neighbourhoods(real, generated, k)
+    inside = cdist(generated, real) <= _kth_neighbour(real, k)  # (M, N)
+    return float(inside.sum(1).mean() / k), float(inside.any(0).mean())
+
+
+def inception_score(probabilities: ArrayLike) -> float:
+    """exp of the mean KL divergence of each picture's class probabilities from their mean, in [1, C]: sure of each, and of many classes.
+
+    It never sees a real picture, so only its floor (the score of real ones) says what is good, and it grows with the number of
+    pictures. All are taken together; the ten parts of the original code are not a part of the definition.
+
+    Source: Salimans et al. 2016 (arXiv:1606.03498) section 4.
+
+    Args:
+        probabilities: (N, C), each row nonnegative with sum 1.
+    """
+    p, _ = _features(probabilities, probabilities)
+    if (p < 0).any() or not np.allclose(p.sum(1), 1, atol=1e-4):  # float32 softmax
+        raise ValueError("probabilities must be at least 0 and each row must have sum 1; pass a softmax, not its logits")
+    return float(np.exp(rel_entr(p, p.mean(0)).sum(1).mean()))
+
+
+def alignment(images: ArrayLike, texts: ArrayLike) -> float:
+    """Mean cosine of each picture's embedding and that of its own text, negative ones counted as 0: in [0, 1].
+
+    Source: Hessel et al. 2021 (arXiv:2104.08718), CLIP-S, which is this for CLIP embeddings times w = 2.5.
+
+    Args:
+        images, texts: (N, D) each, row by row of one pair.
+    """
+    images, texts = _features(images, texts)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} pictures and {len(texts)} texts; pass one text for each picture")
+    lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
+    if not lengths.all():
+        raise ValueError("an embedding is zero and has no direction; check the model it comes from")
+    return float(np.maximum((images * texts).sum(1) / lengths, 0).mean())
 
 
 def r_precision(features: ArrayLike, prototypes: ArrayLike, own: ArrayLike) -> float:
@@ -139,6 +218,17 @@ def _gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and a factor R (D, D) of the covariance R^T R."""
     mean = x.mean(0)
     return mean, np.asarray(np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r"))
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _neighbourhoods(real: ArrayLike, generated: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
+    real, generated = _features(real, generated)
+    if min(len(real), len(generated)) <= k:
+        raise ValueError(f"k={k} neighbours need more than {k} samples on each side, got {len(real)} and {len(generated)}")
+    return real, generated
 
 
 def _kth_neighbour(x: np.ndarray, k: int) -> np.ndarray:

@@ -18,6 +18,8 @@ from .metrics import Measure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .quality import Evaluation
+
 MIN_CELL, MAX_CELL = 96, 256  # pixels of a picture's longer side in the grid
 GAP, LINE = 14, 3  # pixels between two samplers, between two pictures
 PAPER = (236, 236, 236)  # not white, so that pictures on white have an edge
@@ -136,15 +138,16 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def picture_grid(comparison: Comparison) -> Image.Image:
+def picture_grid(comparison: Comparison | Evaluation) -> Image.Image:
     """Prompts (times guidance scales) as rows, the reference and then samplers times NFE as columns."""
     runs = [row for row in comparison.rows if row.role != "floor"]
     scales = list(dict.fromkeys(row.guidance_scale for row in runs))
-    groups: dict[tuple[str, bool], list[Result]] = {}
+    images: Mapping[Any, np.ndarray] = comparison.images
+    groups: dict[tuple[str, bool], list[Any]] = {}
     for row in runs:
         if row.guidance_scale == scales[0]:
             groups.setdefault((row.sampler, row.role == "reference"), []).append(row)
-    height, width = next(iter(comparison.images.values())).shape[1:3]
+    height, width = next(iter(images.values())).shape[1:3]
     shown = _cell_size(width, height)
     cell = shown[0] + LINE, shown[1] + LINE
     font, small = ImageFont.load_default(16), ImageFont.load_default(14)
@@ -166,9 +169,10 @@ def picture_grid(comparison: Comparison) -> Image.Image:
     for key, columns in groups.items():
         draw.multiline_text((x, 4), titles[key], INK, font)
         for j, column in enumerate(columns):
-            draw.text((x + j * cell[0] + 2, top - 20), f"NFE {column.nfe}", FADED, small)
+            if column.nfe:  # real pictures have none
+                draw.text((x + j * cell[0] + 2, top - 20), f"NFE {column.nfe}", FADED, small)
             for block, scale in enumerate(scales):
-                for i, pixels in enumerate(comparison.images[column.sampler, column.num_inference_steps, scale]):
+                for i, pixels in enumerate(images[column.sampler, column.num_inference_steps, scale]):
                     how = Image.Resampling.NEAREST if shown[0] >= width else Image.Resampling.LANCZOS
                     corner = x + j * cell[0], top + (block * len(comparison.prompts) + i) * cell[1]
                     canvas.paste(Image.fromarray(pixels).resize(shown, how), corner)

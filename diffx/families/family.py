@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
@@ -29,9 +30,8 @@ class Family(ABC):
     """
 
     network: ClassVar[str] = "unet"  # the component that is trained
-    lora_targets: ClassVar[Sequence[str]] = ()  # ends of the names of its layers; empty where Diffusers loads no LoRA
+    lora_targets: ClassVar[Sequence[str]] = ()  # ends of the names of the layers that adapters go to
     guidable: ClassVar[bool] = True  # it can be told nothing, for classifier-free guidance
-    takes_guidance: ClassVar[bool] = False  # ``forward`` understands ``guidance``
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe: Any = pipe
@@ -54,7 +54,16 @@ class Family(ABC):
 
     @abstractmethod
     def null_condition(self, *, size: tuple[int, int]) -> Condition | None:
-        """What the network is told of one sample about which nothing is said; None where it is told nothing anyway."""
+        """What the network is told of one sample about which nothing is said; None where it is told nothing anyway.
+
+        Names that it leaves out, such as a size, stay as the sample has them.
+        """
+
+    def size_condition(self, size: tuple[int, int], original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0)) -> Condition:
+        """What the network is told of one sample's ``size``, its ``original`` one before scaling (None: the same) and the (top, left) of
+        its crop; most are told nothing. ``encode_condition`` includes it for pictures that were neither scaled nor cropped.
+        """
+        return {}
 
     @abstractmethod
     def forward(self, network: Any, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> Tensor:
@@ -62,16 +71,40 @@ class Family(ABC):
 
         Args:
             t: (B,) in train times.
-            guidance: (B,) guidance scales that it is told; only where ``takes_guidance``.
+            guidance: (B,) guidance scales that it is told; only where ``takes_guidance``. None is 1, off, to a network that is told one.
         """
+
+    @property
+    def takes_guidance(self) -> bool:
+        """``forward`` understands ``guidance`` of networks that ``with_guidance_embedding`` gave."""
+        return False
+
+    def with_guidance_embedding(self, network: Any) -> Any:
+        """The network, able to be told a guidance scale, which changes nothing before training.
+
+        One that is able already comes back as it is; a new one shares all other weights and is frozen.
+
+        Raises:
+            ValueError: Diffusers has no such networks of this kind.
+        """
+        raise ValueError(f"{type(network).__name__} cannot be told a guidance scale; distil one fixed scale instead")
 
     def sample_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Of one clean sample as the network sees it, for a picture of ``size``."""
         raise NotImplementedError
 
+    def from_pipeline(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Samples as the network sees them, of what the stock pipeline's loop ends with for pictures of ``size``: mostly the same."""
+        return latents
+
     def call_kwargs(self, calls: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """What a pipeline is called with for that many network calls; guidance scale 1 is off."""
         return {"num_inference_steps": calls, "guidance_scale": guidance_scale}
+
+    @property
+    def loads_lora(self) -> bool:
+        """The stock pipeline has ``load_lora_weights``."""
+        return isinstance(self.pipe, LoraBaseMixin)
 
     @property
     def base(self) -> Any:
@@ -95,6 +128,11 @@ def remade(pipe: Any, **components: Any) -> Any:
     made = type(pipe)(**{**pipe.components, **components}, **settings)
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
+
+
+def config_of(network: Any) -> Any:
+    """The config of a network, bare or wrapped for a process group."""
+    return getattr(network, "module", network).config
 
 
 def need(value: Any, what: str, family: Family) -> Any:

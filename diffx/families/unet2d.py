@@ -7,10 +7,15 @@ from torch import Tensor
 
 from .family import Condition, Family, need
 
+UNET_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip  # as Diffusers' train_lcm_distill_lora_sdxl.py has them, as far as networks without text have such layers
+
 
 class UNet2D(Family):
     """``DDPMPipeline`` with a ``UNet2DModel``; one with classes is sampled by hand or by ``ConsistencyModelPipeline``."""
 
+    lora_targets = UNET_TARGETS
     guidable = False  # no class of these networks means "any"
 
     @property

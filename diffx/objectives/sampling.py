@@ -21,7 +21,7 @@ def deterministic(family: Family, calls: int, guidance_scale: float = 1.0) -> In
     else:
         check_divides(family, calls)
         # from_config would take over clip_sample and set_alpha_to_one of the teacher's scheduler, which may be for another grid.
-        options = dict(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+        options = dict(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # which trailing ignores
         scheduler = DDIMScheduler(**family.scheduler_config(**options))
     return Inference(scheduler, family.call_kwargs(calls, guidance_scale))
 

@@ -1,5 +1,6 @@
 """Randomness of training as a function of (seed, step, name, place in the batch): nothing to store, nothing to restore."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -51,11 +52,26 @@ def hashed(*words: object) -> int:
 
 def order(seed: int, num_examples: int, positions: Sequence[int]) -> list[int]:
     """Which examples stand at those positions of an endless row of epochs, each a permutation that depends on (seed, epoch)."""
-    made: dict[int, np.ndarray] = {}
-    found = []
-    for position in positions:
-        epoch, place = divmod(int(position), num_examples)
-        if epoch not in made:
-            made[epoch] = np.random.Generator(np.random.Philox(key=hashed(seed, "order", epoch))).permutation(num_examples)
-        found.append(int(made[epoch][place]))
-    return found
+    places = (divmod(int(position), num_examples) for position in positions)
+    return [int(_permutation(hashed(seed, "order", epoch), num_examples)[place]) for epoch, place in places]
+
+
+@functools.lru_cache(64)  # one of a million takes 20 ms, which would be spent in every step
+def _permutation(key: int, num: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=key)).permutation(num)
+
+
+def batch_order(seed: int, group_sizes: Sequence[int], batch_size: int, step: int, places: Sequence[int]) -> list[int]:
+    """Which examples stand at those places of a step's batch, all of one group.
+
+    Examples are numbered group after group. Each group is an endless row of its own epochs; which group a step takes from is a
+    permutation that depends on (seed, epoch), in which every group comes as often as it fills batches, and at least once. One
+    group gives ``order``.
+    """
+    batches = [max(1, round(size / batch_size)) for size in group_sizes]
+    epoch, step_of_epoch = divmod(step, sum(batches))
+    owners = np.repeat(np.arange(len(batches)), batches)[_permutation(hashed(seed, "groups", epoch), sum(batches))]
+    group = int(owners[step_of_epoch])
+    batch = epoch * batches[group] + int(np.count_nonzero(owners[:step_of_epoch] == group))
+    first, own = sum(group_sizes[:group]), seed if len(group_sizes) == 1 else hashed(seed, "group", group)
+    return [first + i for i in order(own, group_sizes[group], [batch * batch_size + place for place in places])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,14 +16,17 @@ from torch import Tensor
 from ..families import Condition
 from ..objectives.objective import Batch, Moment, Objective
 from .config import TrainConfig
-from .draws import Draws, hashed, order
-from .networks import Networks
+from .draws import Draws, batch_order, hashed
+from .networks import Networks, placed_like, whole
 
 
 class Examples(Protocol):
-    """Data with random access: clean samples and what the network is told of them."""
+    """Data with random access: clean samples and what the network is told of them, numbered group after group."""
 
-    def __len__(self) -> int: ...
+    @property
+    def group_sizes(self) -> Sequence[int]:
+        """How many examples of each shape there are; those of a step all have one."""
+        ...
 
     def read(self, indices: list[int]) -> tuple[Tensor, Condition]:
         """(B, ...) float32 samples and their conditions."""
@@ -70,7 +73,6 @@ class Training:
         if config.gradient_checkpointing:
             for network in set(nets.modules.values()):
                 network.enable_gradient_checkpointing()
-                network.train()  # Diffusers checkpoints in training mode only; these networks have no dropout to wake
         self.optimizers = self._place()
 
     def _place(self) -> dict[str, Any]:
@@ -78,23 +80,33 @@ class Training:
         nets, accelerator = self.nets, self.accelerator
         nets.null = nets.null and {name: value.to(accelerator.device) for name, value in nets.null.items()}
         placed: dict[int, Any] = {}
+        optimizers: dict[str, Any] = {}
         for network in set(nets.modules.values()):
-            trained = any(weight.requires_grad for weight in network.parameters())
-            placed[id(network)] = accelerator.prepare(network) if trained else network.to(accelerator.device)
+            roles = [role for role in self.objective.trains if nets.modules[role] is network]
+            if roles:  # together: sharding replaces the weights that an optimizer holds
+                placed[id(network)], *prepared = accelerator.prepare(network, *(self._make_optimizer(role) for role in roles))
+                optimizers |= dict(zip(roles, prepared))
+            else:
+                placed[id(network)] = network.to(accelerator.device)
         nets.wrapped = {role: placed[id(network)] for role, network in nets.modules.items()}
-        return {role: self._make_optimizer(role) for role in self.objective.trains}
+        return optimizers
 
     def _make_optimizer(self, role: str) -> Any:
         config = self.config
         weights = [weight for weight in self.nets.parameters(role).values() if weight.requires_grad]
-        options: dict[str, Any] = dict(lr=self.lr, betas=config.adam_betas, weight_decay=config.weight_decay)
-        if config.optimizer == "adamw_8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
-            except ImportError as error:
-                raise ValueError('optimizer="adamw_8bit" needs the package bitsandbytes, which is not installed') from error
-            return self.accelerator.prepare(AdamW8bit(weights, **options))
-        return self.accelerator.prepare(torch.optim.AdamW(weights, fused=config.optimizer == "adamw_fused", **options))
+        options: dict[str, Any] = dict(lr=self.lr, weight_decay=config.weight_decay)
+        match config.optimizer:
+            case "sgd":
+                made: Any = torch.optim.SGD(weights, **options)
+            case "adamw_8bit":
+                try:
+                    from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
+                except ImportError as error:
+                    raise ValueError('optimizer="adamw_8bit" needs the package bitsandbytes, which is not installed') from error
+                made = AdamW8bit(weights, betas=config.adam_betas, **options)
+            case kind:
+                made = torch.optim.AdamW(weights, betas=config.adam_betas, fused=kind == "adamw_fused", **options)
+        return made
 
     @property
     def lr(self) -> float:
@@ -112,7 +124,7 @@ class Training:
             stage, inside = divmod(self.step, self.stage_length)
             if stage and not inside:
                 self.nets.promote()
-                self.optimizers = {role: self._make_optimizer(role) for role in self.objective.trains}
+                self.optimizers = {role: self.accelerator.prepare_optimizer(self._make_optimizer(role)) for role in self.objective.trains}
             lr = self.lr * self.config.lr_factor(inside, self.stage_length)
             losses, logs = self._accumulate(Moment(self.step, stage))
             norms = {role: self._update(role, lr) for role in losses}
@@ -138,7 +150,7 @@ class Training:
                     losses = self.objective.losses(self.nets, batch, now)
                 for role, loss in losses.items():
                     mean = loss.per_example.mean()
-                    self.nets.differentiate(role)
+                    self.nets.act_as(role)
                     self.accelerator.backward(mean / parts)
                     for name, value in {role: mean, **{f"{role}/{k}": v for k, v in loss.logs.items()}}.items():
                         sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / parts
@@ -146,7 +158,7 @@ class Training:
         means = {name: float(value) for name, value in self._over_processes(sums).items()}
         for role in roles:
             if not math.isfinite(means[role]):
-                examples = sorted(set(order(self.config.seed, len(self.data), self._positions(now.step, range(self.config.batch_size)))))
+                examples = sorted(set(self._examples(now.step, range(self.config.batch_size))))
                 raise FloatingPointError(
                     f"the {role}'s loss is {means[role]} at step {now.step + 1}, on examples {examples[:16]}; "
                     "nothing of this step was kept: lower lr, or look at those examples"
@@ -169,12 +181,12 @@ class Training:
 
     def batch(self, step: int, places: range) -> Batch:
         """What a step sees at those places of its batch."""
-        x0, condition = self.data.read(order(self.config.seed, len(self.data), self._positions(step, places)))
+        x0, condition = self.data.read(self._examples(step, places))
         device = self.accelerator.device
         return Batch(x0.to(device), {k: v.to(device) for k, v in condition.items()}, Draws(self.config.seed, step, places))
 
-    def _positions(self, step: int, places: range) -> list[int]:
-        return [step * self.config.batch_size + place for place in places]
+    def _examples(self, step: int, places: range) -> list[int]:
+        return batch_order(self.config.seed, self.data.group_sizes, self.config.batch_size, step, places)
 
     def _places(self, part: int) -> range:
         """Of this process's part of the batch."""
@@ -182,3 +194,44 @@ class Training:
         size = share // self.config.gradient_accumulation_steps
         first = self.accelerator.process_index * share + part * size
         return range(first, first + size)
+
+    def result(self) -> tuple[Any, dict[str, Any]]:
+        """(stock pipeline, call arguments) of the weights as they are now; the network in it is the one that is trained on."""
+        role = self.nets.exported()
+        self.nets.act_as(role)
+        inference = self.objective.inference(self.nets.family)
+        return self.nets.family.pipeline(self.nets.modules[role], inference.scheduler), inference.call_kwargs
+
+    # --- all there is to save ---------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by name, numbers): weights, optimizers, the step; from here ``load_state`` goes on bit for bit."""
+        tensors = {f"weights/{name}": whole(weight).detach() for name, weight in self.nets.state().items()}
+        numbers: dict[str, Any] = {}
+        for role, optimizer in self.optimizers.items():
+            for name, weight in self.nets.parameters(role).items():
+                for key, value in optimizer.state.get(weight, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer/{role}/{name}/{key}"] = whole(value)
+                    else:
+                        numbers[f"optimizer/{role}/{name}/{key}"] = value
+        return tensors, {"step": self.step, "numbers": numbers}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """What ``state`` gave, put back."""
+        self.step = state["step"]
+        self.nets.load_state({name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")})
+        if self.step and not self.step % self.stage_length:
+            return  # a stage begins, with optimizers of its own
+        for role, optimizer in self.optimizers.items():
+            saved: dict[int, dict[str, Any]] = {}
+            trained = [(name, weight) for name, weight in self.nets.parameters(role).items() if weight.requires_grad]
+            for i, (name, weight) in enumerate(trained):
+                start = f"optimizer/{role}/{name}/"
+                moments = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+                numbers = {key.removeprefix(start): value for key, value in state["numbers"].items() if key.startswith(start)}
+                like_weight = {key: placed_like(weight, value) for key, value in moments.items() if value.shape == weight.shape}
+                if moments or numbers:
+                    saved[i] = numbers | moments | like_weight
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import Condition, Family, batched, joined
 from ..objectives.level import Level, Prediction, Times, from_output, guided
@@ -98,7 +99,8 @@ class Networks:
         if self.null is None or np.all(scale == 1):
             return self.predict(role, x, level, condition)
         twice = Level(*(np.concatenate([part, part]) for part in (level.t, level.alpha, level.sigma)))
-        both = joined(condition, {k: v.to(x.device) for k, v in batched(self.null, len(x)).items()})
+        null = {k: v.to(x.device) for k, v in batched(self.null, len(x)).items()}
+        both = joined(condition, {**condition, **null})
         found = self.predict(role, torch.cat([x, x]), twice, both)
         (x0, x0_null), (eps, eps_null) = found.x0.chunk(2), found.eps.chunk(2)
         return guided(Prediction(x0, eps), Prediction(x0_null, eps_null), scale)
@@ -108,10 +110,11 @@ class Networks:
         if self.null is None or not dropped.any():
             return condition
         mask = torch.as_tensor(dropped)
-        made = {}
-        for name, value in condition.items():
+        made = dict(condition)
+        for name, null in self.null.items():
+            value = condition[name]
             rows = mask.to(value.device).view(-1, *[1] * (value.ndim - 1))
-            made[name] = torch.where(rows, self.null[name].to(value.device), value)
+            made[name] = torch.where(rows, null.to(value.device), value)
         return made
 
     @contextlib.contextmanager
@@ -124,8 +127,9 @@ class Networks:
                 use_adapter(self.modules[role], role if role in self.adapters else None)
             yield self.wrapped[role]
 
-    def differentiate(self, role: str) -> None:
-        """Make ready for the backward pass of a role's loss: under gradient checkpointing the network runs again, as that role."""
+    def act_as(self, role: str) -> None:
+        """Let the base act as that role: before it is used from outside, and before a backward pass, in which gradient
+        checkpointing runs the network again."""
         if self.lora is not None:
             use_adapter(self.modules[role], role)
 
@@ -134,16 +138,17 @@ class Networks:
         """Move the average a step towards the student: target = decay * target + (1 - decay) * student."""
         average = self.parameters(TARGET)
         for name, weight in self.parameters(STUDENT).items():
-            average[self._named(name, STUDENT, TARGET)].lerp_(weight.to(average[self._named(name, STUDENT, TARGET)].dtype), 1 - decay)
+            goal = average[self._named(name, STUDENT, TARGET)]
+            assign(goal, torch.lerp(whole(goal), whole(weight).to(goal.dtype), 1 - decay))
 
     @torch.no_grad()
     def promote(self) -> None:
         """The student, or its average where one is kept, becomes the teacher, and the next stage's student starts there."""
-        best = TARGET if self.objective.ema_decay else STUDENT
+        best = self.exported()
         for role in {TEACHER, *self.objective.trains} - {best}:
             goal = self.parameters(role)
             for name, weight in self.parameters(best).items():
-                goal[self._named(name, best, role)].copy_(weight)
+                assign(goal[self._named(name, best, role)], whole(weight))
 
     def _named(self, name: str, role: str, other: str) -> str:
         return name if self.lora is None else name.replace(f".{role}.", f".{other}.")
@@ -157,7 +162,7 @@ class Networks:
         roles = [*self.objective.trains, *([TARGET] if self.objective.ema_decay else [])]
         if self.objective.has_teacher and self.objective.stages > 1:
             roles.append(TEACHER)
-        return {f"{role}/{name}": weight.detach() for role in roles for name, weight in self.parameters(role).items()}
+        return {f"{role}/{name}": weight for role in roles for name, weight in self.parameters(role).items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -165,7 +170,23 @@ class Networks:
         mine = self.state()
         assert mine.keys() == state.keys(), "a checkpoint's config was compared before"
         for name, weight in mine.items():
-            weight.copy_(state[name])
+            assign(weight, state[name])
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts on several processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def placed_like(goal: Tensor, value: Tensor) -> Tensor:
+    """``value`` on the device of ``goal``, and in parts on several processes if ``goal`` is."""
+    value = value.to(goal.device)
+    return distribute_tensor(value, goal.device_mesh, goal.placements) if isinstance(goal, DTensor) else value
+
+
+def assign(goal: Tensor, value: Tensor) -> None:
+    """Write all of ``value`` into ``goal``."""
+    goal.copy_(placed_like(goal, value))
 
 
 def add_adapters(network: nn.Module, roles: Sequence[str], lora: Lora, family: Family) -> None:
