@@ -104,6 +104,10 @@ class Digits:
     def __len__(self) -> int:
         return len(digits()[0])
 
+    @property
+    def group_sizes(self) -> list[int]:
+        return [len(self)]
+
     def read(self, indices: list[int]) -> tuple[Tensor, Condition]:
         pictures, labels = digits()
         condition = {"encoder_hidden_states": embedded(labels[indices])} if self.told else {}
@@ -194,10 +198,11 @@ def train(pipe: Any, objective: Objective, *, batch_size: int = 64, **config: An
     start = time.process_time()
     nets = Networks(family, objective, None, size=(8, 8))
     data = Digits(pipe.unet.config.in_channels, told)
-    for _ in Training(nets, data, TrainConfig(batch_size=batch_size, **config), Accelerator(cpu=True)).steps():
+    training = Training(nets, data, TrainConfig(batch_size=batch_size, **config), Accelerator(cpu=True))
+    for _ in training.steps():
         pass
-    inference = nets.objective.inference(family)
-    return Trained(quiet(family.pipeline(nets.modules[nets.exported()], inference.scheduler)), inference, time.process_time() - start)
+    student, call_kwargs = training.result()
+    return Trained(quiet(student), Inference(student.scheduler, call_kwargs), time.process_time() - start)
 
 
 def train_teacher(pipe: Any, *, train_steps: int = 1500, seed: int = 0, **objective: Any) -> Trained:
