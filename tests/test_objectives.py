@@ -455,7 +455,7 @@ def told_family(seed=0):
             return {"encoder_hidden_states": torch.zeros(1, 1, 8)}
 
     parts = dict(vae=None, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
-    return Told(StableDiffusionPipeline(unet=unet, scheduler=scheduler(steps=1024), requires_safety_checker=False, **parts))
+    return Told(StableDiffusionPipeline(unet=unet, scheduler=scheduler(steps=1024, steps_offset=1), requires_safety_checker=False, **parts))
 
 
 def told_batch(size=8, step=0):
@@ -510,11 +510,7 @@ def outcome(objective):
     return losses, made.call_kwargs, dict(made.scheduler.config), nets.objective.ema_decay, nets.objective.stages
 
 
-@pytest.mark.parametrize(
-    ("base", "change"),
-    CHANGES,
-    ids=lambda value: getattr(type(value), "__name__", "") + str(*value) if isinstance(value, dict) else type(value).__name__,
-)
+@pytest.mark.parametrize(("base", "change"), CHANGES, ids=[f"{type(base).__name__}-{next(iter(change))}" for base, change in CHANGES])
 def test_every_field_changes_something(base, change):
     assert outcome(replace(base, **change)) != outcome(base)
 
