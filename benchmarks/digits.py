@@ -126,6 +126,7 @@ class ToldDigits(StableDiffusion):
         return {"encoder_hidden_states": torch.zeros(1, 1, 16)}
 
 
+ABSENT: dict[str, Any] = dict(vae=None, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
 BLOCKS: dict[str, Any] = dict(sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8)
 
 
@@ -148,9 +149,8 @@ def untrained_told(seed: int = 0) -> Any:
         in_channels=1, out_channels=1, cross_attention_dim=16, attention_head_dim=8, **BLOCKS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    none = dict(vae=None, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
     scheduler = vp_scheduler(steps_offset=1)  # which StableDiffusionPipeline asks for; trailing times have no use for it
-    return quiet(StableDiffusionPipeline(unet=network, scheduler=scheduler, requires_safety_checker=False, **none))  # type: ignore[arg-type]
+    return quiet(StableDiffusionPipeline(unet=network, scheduler=scheduler, requires_safety_checker=False, **ABSENT))  # type: ignore[arg-type]
 
 
 def vp_scheduler(**changes: Any) -> DDIMScheduler:
@@ -213,7 +213,8 @@ def train_teacher(pipe: Any, *, train_steps: int = 1500, seed: int = 0, **object
 
 def load(name: str) -> Any:
     """A committed teacher: "teacher", or "told" which digit."""
-    return quiet(DiffusionPipeline.from_pretrained(TEACHERS / name))
+    absent = ABSENT if name == "told" else {}
+    return quiet(DiffusionPipeline.from_pretrained(TEACHERS / name, **absent))
 
 
 # The parts: what each measures for one seed of training. Distances of the teacher are of its own sampler, DDIM on trailing times.
