@@ -49,13 +49,17 @@ class DMD2(Objective):
         if not 0 <= self.times[0] < self.times[1] <= 1:
             raise ValueError(f"times={self.times} must be a rising pair between 0 and 1")
 
+    @property
+    def period(self) -> int:
+        return self.fake_steps + 1
+
     def check(self, family) -> None:
         super().check(family)
         check_divides(family, self.calls)
 
     def losses(self, nets, batch: Batch, now: Moment) -> dict[str, Loss]:
         x, level = self.rollout(nets, batch)
-        rest = now.step % (self.fake_steps + 1) < self.fake_steps
+        rest = now.step % self.period < self.fake_steps
         with torch.set_grad_enabled(not rest):
             x0 = nets.predict("student", x, level, batch.condition).x0
         noise = batch.draws.normal("noise", x0)
