@@ -340,7 +340,7 @@ def test_the_gradient_of_dmd_is_the_difference_of_the_denoisers(process):
     losses = nets.objective.losses(nets, b, now)
     assert losses.keys() == {"student"}
     start = nets.times.trailing(1).at(np.zeros(32, int))
-    x0 = nets.predict("student", noised(0 * b.x0, b.draws.normal("start", b.x0), start), start, {}).x0.detach()
+    x0 = nets.predict("student", b.draws.normal("start", b.x0), start, {}).x0.detach()
     level = nets.times.between(b.draws.uniform("time", 0.02, 0.98))
     x = noised(x0, b.draws.normal("noise", b.x0), level)
     fake, real = (nets.predict(role, x, level, {}).x0.detach() for role in ("fake", "teacher"))
@@ -521,7 +521,7 @@ REFUSED = [
     (lambda: LCM(guidance_scale=20.0), LCM(guidance_scale=15.0), "guidance_scale=20.0 .* must lie in guidance_range"),
     (lambda: LCM(huber_c=0.0), LCM(huber_c=1e-5), "huber_c=0.0 must be positive"),
     (lambda: LCM(ema_decay=1.0), LCM(ema_decay=0.99), "ema_decay=1.0 must lie between 0"),
-    (lambda: PCM(calls=4, teacher_steps=10), PCM(calls=4, teacher_steps=12), "teacher_steps=10 must be a multiple of the 4 phases"),
+    (lambda: PCM(calls=4, teacher_steps=10), PCM(calls=4, teacher_steps=12), "teacher_steps=10 must be a positive multiple of the 4 phases"),
     (lambda: DMD2(fake_steps=0), DMD2(fake_steps=1), "fake_steps=0 must be at least 1"),
     (lambda: DMD2(times=(0.5, 0.5)), DMD2(times=(0.5, 0.6)), "must be a rising pair"),
     (lambda: Guidance(guidance_scale=1.0), Guidance(guidance_scale=2.0), "nothing to learn"),
@@ -550,6 +550,9 @@ def test_what_a_model_cannot_be_trained_with_is_refused():
         PCM(calls=3).settled(v, lora=False)
     with pytest.raises(ValueError, match="does not step exactly in 64 calls"):
         LCM(teacher_steps=64).settled(v, lora=False)
+    with pytest.raises(ValueError, match="calls=64 of the student are more than the teacher_steps=50"):
+        LCM(calls=64).settled(v, lora=False)
+    LCM(calls=50).settled(v, lora=False)
     with pytest.raises(ValueError, match="cannot be guided"):
         Guidance().settled(v, lora=False)
     with pytest.raises(ValueError, match="cannot be told a guidance scale"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -47,8 +47,8 @@ class Consistency(Objective):
         check_range(self.guidance_range, self.guidance_scale)
         if not self.huber_c > 0:
             raise ValueError(f"huber_c={self.huber_c} must be positive: the gradient of a plain norm is NaN where both agree")
-        if self.teacher_steps is not None and self.teacher_steps % self.phases:
-            raise ValueError(f"teacher_steps={self.teacher_steps} must be a multiple of the {self.phases} phases")
+        if self.teacher_steps is not None and (self.teacher_steps < 1 or self.teacher_steps % self.phases):
+            raise ValueError(f"teacher_steps={self.teacher_steps} must be a positive multiple of the {self.phases} phases")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0, which keeps no average, and 1")
 
@@ -57,12 +57,19 @@ class Consistency(Objective):
         """Parts of the path, each with an end of its own."""
         return 1
 
+    @property
+    def exported_guidance(self) -> float:
+        """The scale that the exported student is called with; 1 is off."""
+        return self.guidance_scale if self.embed_guidance else 1.0
+
     def settled(self, family, lora: bool) -> Self:
         told = family.guidable and family.takes_guidance and not lora if self.embed_guidance is None else self.embed_guidance
         check_told(told, family, lora)
         ema_decay = (0.0 if lora else 0.95) if self.ema_decay is None else self.ema_decay
         steps = self.teacher_steps or most_steps(family, self.calls, self.phases)
         check_divides(family, steps)
+        if steps < self.calls:
+            raise ValueError(f"calls={self.calls} of the student are more than the teacher_steps={steps} that it learns from")
         self.check(family)
         return replace(self, teacher_steps=steps, embed_guidance=told, ema_decay=ema_decay)
 
@@ -106,8 +113,6 @@ class LCM(Consistency):
     Diffusers' training scripts, pseudo-Huber entry by entry.
     """
 
-    default_lr: ClassVar[float] = 1e-4
-
     def grid(self, times: Times) -> Grid:
         assert self.teacher_steps
         return times.trailing(self.teacher_steps, to_first=True)
@@ -117,20 +122,17 @@ class LCM(Consistency):
 
     def inference(self, family) -> Inference:
         assert self.teacher_steps, "settled() knows the teacher's steps"
-        made = stochastic(family, self.calls, self.teacher_steps)
-        return replace(made, call_kwargs=family.call_kwargs(self.calls, self.guidance_scale if self.embed_guidance else 1.0))
+        return stochastic(family, self.calls, self.teacher_steps, self.exported_guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PCM(Consistency):
     """Phased consistency: one phase per call, and the student says where its phase ends; sampled by DDIM or Euler without noise.
 
-    Source: Wang et al. 2024 (arXiv:2405.18407) section 3.
+    Source: Wang et al. 2024 (arXiv:2405.18407), without stochasticity at sampling.
 
     Differs from the paper: no adversarial loss; phases of equal length, whose edges are the times of the exported scheduler.
     """
-
-    default_lr: ClassVar[float] = 1e-4
 
     @property
     def phases(self) -> int:
@@ -148,8 +150,7 @@ class PCM(Consistency):
         return jump(found, end)
 
     def inference(self, family) -> Inference:
-        made = deterministic(family, self.calls)
-        return replace(made, call_kwargs=family.call_kwargs(self.calls, self.guidance_scale if self.embed_guidance else 1.0))
+        return deterministic(family, self.calls, self.exported_guidance)
 
 
 def boundary(x0: Tensor, x: Tensor, t: np.ndarray) -> Tensor:

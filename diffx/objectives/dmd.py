@@ -80,10 +80,9 @@ class DMD2(Objective):
         grid = nets.times.trailing(self.calls)
         done = batch.draws.integers("call", 0, self.calls)
         x = batch.draws.normal("start", batch.x0)
-        x = column(grid.at(0 * done).sigma, x) * x
         for k in range(done.max()):
-            x0 = nets.predict("student", x, grid.at(0 * done + k), batch.condition).x0
-            further = noised(x0, batch.draws.normal(f"call {k}", x), grid.at(0 * done + k + 1))
+            here, there = grid.at(np.full(len(batch), k)), grid.at(np.full(len(batch), k + 1))
+            further = noised(nets.predict("student", x, here, batch.condition).x0, batch.draws.normal(f"call {k}", x), there)
             x = torch.where(column(done > k, x).bool(), further, x)
         return x, grid.at(done)
 

@@ -25,7 +25,7 @@ class ConsistencyTraining(Objective):
         log_sigma_mean, log_sigma_std: of the natural logarithm of the noise level.
         huber_c: of the distance, in units of the data.
 
-    Source: Geng et al. 2024 (arXiv:2406.14548) section 3, with q = 2, k = 8, b = 1; log-normal levels, pseudo-Huber distance and weights
+    Source: Geng et al. 2024 (arXiv:2406.14548), with q = 2, k = 8, b = 1; log-normal levels, pseudo-Huber distance and weights
     are Song and Dhariwal 2023 (arXiv:2310.14189); the preconditioning is Song et al. 2023 (arXiv:2303.01469) appendix C.
 
     Differs from the papers: the pseudo-Huber distance is taken entry by entry; dropout is off, so no mask has to be shared.
@@ -81,7 +81,7 @@ class ConsistencyTraining(Objective):
 def nearer_sigma(sigma: np.ndarray, halvings: int) -> np.ndarray:
     """(B,) the noise level of the target: 0 without halvings, and nearer to ``sigma`` with each.
 
-    Source: Geng et al. 2024 (arXiv:2406.14548) section 3: r / t = 1 - n(t) / q^a with n(t) = 1 + k sigmoid(-b t).
+    Source: Geng et al. 2024 (arXiv:2406.14548): r / t = 1 - n(t) / q^a with n(t) = 1 + k sigmoid(-b t).
     """
     return sigma * np.maximum(1 - 2.0**-halvings * (1 + 8 / (1 + np.exp(sigma))), 0)
 

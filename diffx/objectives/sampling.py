@@ -10,7 +10,7 @@ from ..families import Family
 from .objective import Inference
 
 
-def deterministic(family: Family, calls: int) -> Inference:
+def deterministic(family: Family, calls: int, guidance_scale: float = 1.0) -> Inference:
     """DDIM on trailing times, or Euler on even flow times: from pure noise to clean data in ``calls`` steps of equal length.
 
     Raises:
@@ -23,10 +23,10 @@ def deterministic(family: Family, calls: int) -> Inference:
         # from_config would take over clip_sample and set_alpha_to_one of the teacher's scheduler, which may be for another grid.
         options = dict(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # which trailing ignores
         scheduler = DDIMScheduler(**family.scheduler_config(**options))
-    return Inference(scheduler, family.call_kwargs(calls))
+    return Inference(scheduler, family.call_kwargs(calls, guidance_scale))
 
 
-def stochastic(family: Family, calls: int, original_steps: int) -> Inference:
+def stochastic(family: Family, calls: int, original_steps: int, guidance_scale: float = 1.0) -> Inference:
     """The consistency sampler: to clean data and back to the next noise level, on ``calls`` of ``original_steps`` times."""
     if family.process.frame == "flow":
         scheduler: Any = FlowMatchLCMScheduler(**even_flow(family, calls))
@@ -34,7 +34,7 @@ def stochastic(family: Family, calls: int, original_steps: int) -> Inference:
         check_divides(family, original_steps)
         options = dict(original_inference_steps=original_steps, timestep_scaling=10.0, clip_sample=False, set_alpha_to_one=True)
         scheduler = LCMScheduler(**family.scheduler_config(**options))
-    return Inference(scheduler, family.call_kwargs(calls))
+    return Inference(scheduler, family.call_kwargs(calls, guidance_scale))
 
 
 def even_flow(family: Family, calls: int) -> dict[str, Any]:
