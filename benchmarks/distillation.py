@@ -148,7 +148,9 @@ def train(name: str) -> None:
 def report() -> str:
     """The table of all parts, and the plot beside it."""
     order = ["teacher-50", *(f"teacher-{n}" for n in (16, 8, 4, 2, 1)), *STUDENTS]
-    parts = {name: json.loads((FOLDER / "parts" / f"{name}.json").read_text()) for name in order if (FOLDER / "parts" / f"{name}.json").exists()}
+    parts = {
+        name: json.loads((FOLDER / "parts" / f"{name}.json").read_text()) for name in order if (FOLDER / "parts" / f"{name}.json").exists()
+    }
     distance = next(name for name in next(iter(parts.values()))["measures"] if name.startswith("FD"))
     base = parts["teacher-50"]["measures"]
     lines = [

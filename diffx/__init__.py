@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         LMS,
         Calibrated,
         DPMSolver,
+        DPMSolverSinglestep,
         Euler,
         EulerAncestral,
         Heun,
@@ -36,6 +37,7 @@ _PUBLIC = {
     "DDPM": "diffx.schedulers",
     "DEIS": "diffx.schedulers",
     "DPMSolver": "diffx.schedulers",
+    "DPMSolverSinglestep": "diffx.schedulers",
     "LCM": "diffx.schedulers",
     "LMS": "diffx.schedulers",
     "Euler": "diffx.schedulers",
@@ -51,8 +53,8 @@ _PUBLIC = {
     "train": "diffx.training.api",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "Euler", "EulerAncestral", "Heun", "Row", "Table", "TableScheduler",
-    "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
+    "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

@@ -550,7 +550,13 @@ def test_generated_samples_depend_on_everything_that_makes_them(tmp_path):
     pipe = tiny_stable_diffusion()
     family = family_of(pipe)
     assert made(family) and not made(family)
-    for settings in (dict(seed=1), dict(generation_steps=3), dict(generation_guidance_scale=2.0), dict(num_generated=3), dict(prompts=["one"])):
+    for settings in (
+        dict(seed=1),
+        dict(generation_steps=3),
+        dict(generation_guidance_scale=2.0),
+        dict(num_generated=3),
+        dict(prompts=["one"]),
+    ):
         assert made(family, **settings), settings
     assert made(nudged("unet")) and made(nudged("text_encoder")) and not made(nudged("vae"))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")

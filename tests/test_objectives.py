@@ -521,7 +521,11 @@ REFUSED = [
     (lambda: LCM(guidance_scale=20.0), LCM(guidance_scale=15.0), "guidance_scale=20.0 .* must lie in guidance_range"),
     (lambda: LCM(huber_c=0.0), LCM(huber_c=1e-5), "huber_c=0.0 must be positive"),
     (lambda: LCM(ema_decay=1.0), LCM(ema_decay=0.99), "ema_decay=1.0 must lie between 0"),
-    (lambda: PCM(calls=4, teacher_steps=10), PCM(calls=4, teacher_steps=12), "teacher_steps=10 must be a positive multiple of the 4 phases"),
+    (
+        lambda: PCM(calls=4, teacher_steps=10),
+        PCM(calls=4, teacher_steps=12),
+        "teacher_steps=10 must be a positive multiple of the 4 phases",
+    ),
     (lambda: DMD2(fake_steps=0), DMD2(fake_steps=1), "fake_steps=0 must be at least 1"),
     (lambda: DMD2(times=(0.5, 0.5)), DMD2(times=(0.5, 0.6)), "must be a rising pair"),
     (lambda: Guidance(guidance_scale=1.0), Guidance(guidance_scale=2.0), "nothing to learn"),
