@@ -104,6 +104,10 @@ class Digits:
     def __len__(self) -> int:
         return len(digits()[0])
 
+    @property
+    def group_sizes(self) -> list[int]:
+        return [len(self)]
+
     def read(self, indices: list[int]) -> tuple[Tensor, Condition]:
         pictures, labels = digits()
         condition = {"encoder_hidden_states": embedded(labels[indices])} if self.told else {}
@@ -122,6 +126,7 @@ class ToldDigits(StableDiffusion):
         return {"encoder_hidden_states": torch.zeros(1, 1, 16)}
 
 
+ABSENT: dict[str, Any] = dict(vae=None, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
 BLOCKS: dict[str, Any] = dict(sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8)
 
 
@@ -144,9 +149,8 @@ def untrained_told(seed: int = 0) -> Any:
         in_channels=1, out_channels=1, cross_attention_dim=16, attention_head_dim=8, **BLOCKS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    none = dict(vae=None, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
     scheduler = vp_scheduler(steps_offset=1)  # which StableDiffusionPipeline asks for; trailing times have no use for it
-    return quiet(StableDiffusionPipeline(unet=network, scheduler=scheduler, requires_safety_checker=False, **none))  # type: ignore[arg-type]
+    return quiet(StableDiffusionPipeline(unet=network, scheduler=scheduler, requires_safety_checker=False, **ABSENT))  # type: ignore[arg-type]
 
 
 def vp_scheduler(**changes: Any) -> DDIMScheduler:
@@ -194,10 +198,11 @@ def train(pipe: Any, objective: Objective, *, batch_size: int = 64, **config: An
     start = time.process_time()
     nets = Networks(family, objective, None, size=(8, 8))
     data = Digits(pipe.unet.config.in_channels, told)
-    for _ in Training(nets, data, TrainConfig(batch_size=batch_size, **config), Accelerator(cpu=True)).steps():
+    training = Training(nets, data, TrainConfig(batch_size=batch_size, **config), Accelerator(cpu=True))
+    for _ in training.steps():
         pass
-    inference = nets.objective.inference(family)
-    return Trained(quiet(family.pipeline(nets.modules[nets.exported()], inference.scheduler)), inference, time.process_time() - start)
+    student, call_kwargs = training.result()
+    return Trained(quiet(student), Inference(student.scheduler, call_kwargs), time.process_time() - start)
 
 
 def train_teacher(pipe: Any, *, train_steps: int = 1500, seed: int = 0, **objective: Any) -> Trained:
@@ -208,7 +213,8 @@ def train_teacher(pipe: Any, *, train_steps: int = 1500, seed: int = 0, **object
 
 def load(name: str) -> Any:
     """A committed teacher: "teacher", or "told" which digit."""
-    return quiet(DiffusionPipeline.from_pretrained(TEACHERS / name))
+    absent = ABSENT if name == "told" else {}
+    return quiet(DiffusionPipeline.from_pretrained(TEACHERS / name, **absent))
 
 
 # The parts: what each measures for one seed of training. Distances of the teacher are of its own sampler, DDIM on trailing times.

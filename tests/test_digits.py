@@ -17,7 +17,6 @@ SEEDS = (0, 1, 2)
 
 @pytest.fixture(scope="module")
 def digits():
-    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     sys.path.insert(0, str(ROOT))
     yield importlib.import_module("benchmarks.digits")
     sys.path.remove(str(ROOT))
