@@ -35,7 +35,7 @@ from diffx.evaluation.compare import noise_generator
 from diffx.evaluation.emoji import GlyphEvaluator, all_prompts, parse_prompt, render
 from diffx.evaluation.report import picture_grid, write_atomically
 from diffx.evaluation.samplers import make_sampler
-from diffx.loading import load_pipeline
+from diffx.loading import EMBEDDED, load_pipeline
 from diffx.oracle import Mixture
 from diffx.schedulers.calibrated import Calibrated, fingerprint
 from diffx.schedulers.process import is_flow
@@ -233,9 +233,9 @@ class ImageProblem(PipelineProblem):
 def pictures(calls: int) -> dict:
     """FD and R-precision of the test prompts' pictures, and the sheet of the first eight."""
     part, (_, _, test) = read("emoji", calls), emoji()
-    os.chdir(ROOT)  # so that the table is named as users name it
+    os.chdir(EMBEDDED.parent)  # so that the table is named as users name it
     samplers = [
-        f"schedulers/emoji_calibrated_{calls}",
+        f"emoji_calibrated_{calls}",
         part["diffx"][0]["sampler"],
         part["diffusers"][0]["sampler"],
         "UniPC",
@@ -256,11 +256,11 @@ def read(problem: str, calls: int) -> dict:
 
 
 def publish(calls: int) -> None:
-    """The embedded model's table as a folder of ``schedulers/``; its card is written by hand."""
+    """The embedded model's table beside the model, in ``diffx/assets``: the only copy. Its card is written by hand."""
     part, (learned, _, _) = read("emoji", calls), emoji()
     made = {**part["config"]["calibration"], "guidance_scale": GUIDANCE, "model": fingerprint(learned.pipe)}
     scheduler = Calibrated.from_config(learned.config, calibration=made)
-    scheduler.save_pretrained(ROOT / "schedulers" / f"emoji_calibrated_{calls}")
+    scheduler.save_pretrained(EMBEDDED.with_name(f"emoji_calibrated_{calls}"))
 
 
 def report() -> str:
@@ -349,7 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="*", default=["mixture-vp", "mixture-flow", "emoji"])
     parser.add_argument("--calls", nargs="*", type=int, default=list(CALLS))
-    parser.add_argument("--publish", type=int, help="of these calls make schedulers/emoji_calibrated_N and measure it as it is used")
+    parser.add_argument("--publish", type=int, help="of these calls make diffx/assets/emoji_calibrated_N and measure it as it is used")
     arguments = parser.parse_args()
     for name, calls in product(arguments.problem, arguments.calls):
         part = once(FOLDER / "parts" / f"{name}-{calls}.json", lambda: measure(name, calls))  # noqa: B023

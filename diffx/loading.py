@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # Diffusers takes seconds to import, and only the functions n
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
+EMBEDDED_TABLE = EMBEDDED.with_name("emoji_calibrated_6")  # its name is a sampler, wherever one is named
 DTYPES = ("float32", "bfloat16", "float16")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -13,7 +13,7 @@ import torch
 
 import diffx
 from diffx.calibration import NetworkProblem, PipelineProblem, Settings, api, calibrate_problems, cost
-from diffx.calibration.fixed import calibration_of, candidates
+from diffx.calibration.fixed import BETA_PAIRS, FLOW_PAIRS, calibration_of, candidates
 from diffx.calibration.learn import TRIALS, Knobs, Runner, knobs_of, loss_of, mean_distance, normal_equations
 from diffx.calibration.path import best_grid
 from diffx.calibration.problem import mu_of
@@ -66,6 +66,8 @@ DETERMINISTIC = {
     "DPM2": lambda c: diffx.DPMSolver.from_config(c),
     "DPM3": lambda c: diffx.DPMSolver.from_config(c, solver_order=3),
     "UniPC3": lambda c: diffx.UniPC.from_config(c, solver_order=3),
+    "Single3": lambda c: diffx.DPMSolverSinglestep.from_config(c, solver_order=3),
+    "LMS": lambda c: diffx.LMS.from_config(c, timestep_spacing="trailing"),
 }
 
 
@@ -274,6 +276,28 @@ def test_flow_candidates_know_the_pipelines_default_grid():
     assert names["DDIM:shift=1 from even sigmas"].levels == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
+def test_gradient_estimation_is_a_candidate():
+    """On flow from even sigmas, as its authors write it: x moves along 2 eps_new - eps_old."""
+    made = candidates(FLOW, 4)["gradient_estimation:gamma=2,shift=1 from even sigmas"]
+    table = Calibrated.from_config(FLOW, calibration=made.to_dict())
+    table.set_timesteps(4)
+    x = noise()
+    eps = old = x  # at pure noise
+    for sigma, after, t in ((1.0, 0.75, 1000), (0.75, 0.5, 750), (0.5, 0.25, 500), (0.25, 0.0, 250)):
+        x0 = x - sigma * smooth(x, t)
+        if sigma == 1:
+            x = after * eps + (1 - after) * x0
+        else:
+            new = (x - (1 - sigma) * x0) / sigma
+            eps, old = 2 * new - old, new
+            x = (1 - after) / (1 - sigma) * (x - sigma * eps) + after * eps
+    torch.testing.assert_close(denoise(table, smooth, noise()), x, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_every_pair_is_a_candidate_and_there_are_not_many_more():
+    assert len(candidates(VP, 6)) == 40 + len(BETA_PAIRS) and len(candidates(FLOW, 6)) == 2 * (40 + len(FLOW_PAIRS))
+
+
 # ---------------------------------------------------------------------------------------------- whole calibrations
 
 
@@ -287,7 +311,8 @@ def calibrated(tmp_path_factory):
 def test_learning_helps_on_noises_it_never_saw(calibrated):
     made, _ = calibrated
     stages = {stage["name"]: stage for stage in made.calibration.made_with["stages"]}
-    assert stages["learn"]["held_out_error"] < 0.5 * stages["search"]["held_out_error"]  # measured: a quarter
+    # Measured: 0.61 of what the search found, 0.051, to which gradient estimation brought it from 0.118.
+    assert stages["learn"]["held_out_error"] < 0.75 * stages["search"]["held_out_error"]
     assert made.calibration.errors["learn"] == min(made.calibration.errors.values())
 
 

@@ -75,6 +75,15 @@ def test_quickstart_writes_pictures_and_report(quickstart):
     assert "UniPC" in json.dumps(report)
 
 
+def test_quickstart_shows_the_calibrated_table_at_its_own_calls_and_nearest_to_the_reference(quickstart):
+    rows = [row for row in json.loads((quickstart[0] / "report.json").read_text())["rows"] if row["role"] in ("sampler", "control")]
+    assert [row["nfe"] for row in rows if row["sampler"] == "emoji_calibrated_6"] == [6]
+    others = {row["sampler"]: row["rms"] for row in rows if row["nfe"] == 6}
+    table = others.pop("emoji_calibrated_6")
+    assert len(others) == 7 and table < min(others.values())
+    assert f"RMS {table:.3f} to the reference" in (Path(__file__).parent.parent / "README.md").read_text()
+
+
 def test_quickstart_ends_with_the_table_the_pictures_and_what_to_do_next(quickstart):
     folder, printed = quickstart
     assert (folder / "report.md").read_text().strip().splitlines()[-1] in printed
@@ -94,6 +103,15 @@ def test_compare_on_a_folder_prints_json_alone(tmp_path):
     )  # fmt: skip
     assert json.loads(printed) == json.loads((tmp_path / "out" / "report.json").read_text())
     assert all(prompt in printed for prompt in ("rocket", "ghost on pink", "snail"))
+
+
+def test_compare_takes_steps_for_one_sampler(tmp_path):
+    samplers = "Euler@2,DDIM,DPMSolver:algorithm_type=dpmsolver++,solver_order=1@4,emoji_calibrated_6"
+    words = ("--num-inference-steps", 3, "--reference-steps", 6, "--prompt", "rocket", "--output", tmp_path / "out")
+    rows = json.loads(good("compare", "--samplers", samplers, *words, "--json"))["rows"]
+    assert [(row["sampler"].split(":")[0], row["nfe"]) for row in rows[2:]] == [
+        ("Euler", 2), ("DDIM", 3), ("DPMSolver", 4), ("emoji_calibrated_6", 6),
+    ]  # fmt: skip
 
 
 def test_a_sampler_list_keeps_options_with_their_sampler():
@@ -213,6 +231,8 @@ def test_sample_refuses(words, message, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["--samplers", "DDIM,Eulre"], "Euler"),
+        (["--samplers", "DDIM@four"], "a number of steps from 1 on, as in DDIM@6"),
+        (["--samplers", "emoji_calibrated_6@8"], "is a table for 6 steps alone, asked were 8"),
         (["--num-inference-steps", "4,0"], "0"),
         (["--prompts", "nowhere.txt"], "one prompt a line"),
         (["--reference", "DDIMM"], "DDIM"),

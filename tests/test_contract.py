@@ -36,6 +36,9 @@ SOLVERS = {
     "DPM3": (diffx.DPMSolver, dict(solver_order=3)),
     "Eps2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="dpmsolver")),
     "Eps3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="dpmsolver")),
+    "Single2": (diffx.DPMSolverSinglestep, {}),
+    "Single3": (diffx.DPMSolverSinglestep, dict(solver_order=3, solver_type="heun")),
+    "SingleEps3": (diffx.DPMSolverSinglestep, dict(solver_order=3, algorithm_type="dpmsolver")),
     "SDE1": (diffx.DPMSolver, dict(solver_order=1, algorithm_type="sde-dpmsolver++")),
     "SDE2": (diffx.DPMSolver, dict(solver_order=2, algorithm_type="sde-dpmsolver++")),
     "SDE3": (diffx.DPMSolver, dict(solver_order=3, algorithm_type="sde-dpmsolver++")),
@@ -58,6 +61,7 @@ TWINS = {
     "LCM": (diffx.LCM, diffusers.LCMScheduler),
     "FlowLCM": (diffx.LCM, diffusers.FlowMatchLCMScheduler),
     "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler),
+    "Single": (diffx.DPMSolverSinglestep, diffusers.DPMSolverSinglestepScheduler),
     "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler),
     "DEIS": (diffx.DEIS, diffusers.DEISMultistepScheduler),
     "LMS": (diffx.LMS, diffusers.LMSDiscreteScheduler),
@@ -71,6 +75,9 @@ GRIDS = {
     "beta": dict(use_beta_sigmas=True),
     "quadratic": dict(spacing="quadratic"),
     "ays": dict(spacing="ays_sd"),
+    "polyexponential": dict(spacing="polyexponential", spacing_rho=1.7),
+    "free_beta": dict(spacing="beta", spacing_alpha=0.4, spacing_beta=0.9),
+    "logsnr": dict(spacing="logsnr"),
     "zero_snr": dict(timestep_spacing="trailing", rescale_betas_zero_snr=True),
 }
 
@@ -109,10 +116,13 @@ def model_levels(scheduler):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_perfect_model_of_one_point_lands_on_it(solver, grid, prediction_type):
-    """Data that is one point: every table must end exactly there. 1e-5: states are float32 and sigma reaches 4096."""
+    """Data that is one point: every table must end exactly there. 1e-5: states are float32 and sigma reaches 4096.
+
+    What Diffusers' DEIS and SASolver leave on flow models, 0.30 after 8 steps, docs/upstream.md measures.
+    """
     if grid == "zero_snr" and prediction_type == "epsilon":
         pytest.skip("epsilon says nothing at zero terminal SNR and is refused, see below")
-    if solver == "LCM" and grid in ("karras", "exponential", "beta", "quadratic", "ays"):
+    if solver == "LCM" and grid not in ("leading", "linspace", "trailing", "zero_snr"):
         pytest.skip("LCM visits the times of its distillation")
     if prediction_type == "flow_prediction" and grid in ("quadratic", "ays"):
         pytest.skip("for models with betas, see below")
@@ -120,19 +130,25 @@ def test_a_perfect_model_of_one_point_lands_on_it(solver, grid, prediction_type)
         config = {} if grid == "linspace" else {"leading": dict(shift=3.0), "zero_snr": dict(shift_terminal=0.02)}.get(grid, GRIDS[grid])
     else:
         config = GRIDS[grid]
-    point = noise(3)[:1]
+    # Between levels whose distances fall that fast, LMS passes rounding on with large weights of changing sign: 1e-4 in float32.
+    dtype = torch.float64 if (solver, grid) == ("LMS4", "polyexponential") else torch.float32
+    point = noise(3, dtype)[:1]
     data = finite_data(point)
     # LMS adds to a sample that begins at 4096 times noise of up to four, and two roundings of that by half an ulp stay.
     tolerance = 4 * 4096 * torch.finfo(torch.float32).eps if (solver, grid) == ("LMS4", "zero_snr") else 1e-5
     for num_steps in (1, 2, 3, 8, 20):
         if num_steps == 1 and prediction_type == "flow_prediction" and "shift_terminal" in config:
             continue  # one step cannot both start at 1 and end at the terminal sigma
+        if (solver, grid, prediction_type, num_steps) == ("SingleEps3", "logsnr", "flow_prediction", 3):
+            with pytest.raises(ValueError, match=r"spans 13\.8 in log\(alpha / sigma\), and on noise predictions 10 is the most"):
+                ready(solver, num_steps, prediction_type=prediction_type, **config)
+            continue
         scheduler = ready(solver, num_steps, prediction_type=prediction_type, **config)
         told = iter(model_levels(scheduler))
         end = denoise(
             scheduler,
             lambda x, t: data.predict(x, *next(told), prediction_type),  # noqa: B023
-            noise(4) * float(scheduler.init_noise_sigma),
+            noise(4, dtype) * float(scheduler.init_noise_sigma),
         )
         assert (end - point).abs().max() <= tolerance
 
@@ -428,6 +444,7 @@ def test_config_round_trip_keeps_every_stock_key(name):
         "FlowLCM": dict(shift=2.5),
         "FlowHeun": dict(shift=2.5),
         "DPMSolver": dict(**SCALED, solver_order=3, solver_type="heun", euler_at_final=True, lambda_min_clipped=-5.1),
+        "Single": dict(**SCALED, solver_order=3, solver_type="heun", lower_order_final=True, lambda_min_clipped=-5.1),
         "DEIS": dict(**SCALED, solver_order=3, lower_order_final=False, timestep_spacing="trailing"),
         "LMS": dict(**SCALED, timestep_spacing="leading", steps_offset=1, prediction_type="v_prediction"),
         "UniPC": dict(**SCALED, solver_order=3, solver_type="bh1", disable_corrector=[1], timestep_spacing="leading"),
@@ -659,7 +676,7 @@ def test_bad_options_next_to_good_ones(cls):
     with pytest.raises(ValueError, match="use_karras_sigmas and use_beta_sigmas are both on; set one of them"):
         cls(use_beta_sigmas=True, use_karras_sigmas=True).set_timesteps(4)
     cls(spacing="quadratic").set_timesteps(4)
-    with pytest.raises(ValueError, match="spacing='cubic' is not one of quadratic, ays_sd"):
+    with pytest.raises(ValueError, match="spacing='cubic' is not one of polyexponential, beta, logsnr, quadratic, ays_sd"):
         cls(spacing="cubic").set_timesteps(4)
     with pytest.raises(ValueError, match="spacing='quadratic' contradicts timestep_spacing='trailing'; set one of them"):
         cls(spacing="quadratic", timestep_spacing="trailing")
@@ -772,7 +789,7 @@ def test_no_step_reads_the_device(name, flow):
         assert (count.reads, count.uploads) == (0, 0)
         kernels = count.kernels - before
         # UniPC: the prediction that only the corrector sees, and the kept copy. The others: the sum that is kept.
-        more = 2 if name.startswith(("UniPC", "Eps", "DEIS", "LMS")) else 0
+        more = 2 if name.startswith(("UniPC", "Eps", "SingleEps", "DEIS", "LMS")) else 0
         assert kernels <= order + 3 + more + 2 * stochastic, kernels
 
 

@@ -344,7 +344,7 @@ CHANGES = {  # name: (data, family or None, settings, which stores are made agai
     "num_crops": (wide, None, dict(random_flip=True, num_crops=2), "samples"),
     "aspect_buckets": (wide, None, dict(aspect_buckets=True), "samples conditions"),
     "seed, which nothing is drawn from": (wide, None, dict(seed=1), ""),
-    "how samples would be generated": (wide, None, dict(num_inference_steps=3, guidance_scale=2.0, num_generated=5), ""),
+    "how samples would be generated": (wide, None, dict(generation_steps=3, generation_guidance_scale=2.0, num_generated=5), ""),
     "center_crop of pictures that need no cut": (lambda: rows(4), None, dict(center_crop=False), "samples conditions"),
 }
 
@@ -488,7 +488,7 @@ def test_prompts_alone_give_the_pipelines_own_latents(tmp_path, build, guidance_
     pipe = build()
     family = family_of(pipe)
     config = DataConfig(
-        cache=tmp_path, resolution=IMAGE_SIZE, num_generated=4, num_inference_steps=3, guidance_scale=guidance_scale, seed=5
+        cache=tmp_path, resolution=IMAGE_SIZE, num_generated=4, generation_steps=3, generation_guidance_scale=guidance_scale, seed=5
     )
     x0, told = make_cache(["one", "two"], family, config).read(range(4))
     wanted = [Wanted("one", 0), Wanted("two", 0), Wanted("one", 1), Wanted("two", 1)]
@@ -512,7 +512,7 @@ def test_prompts_alone_give_the_pipelines_own_latents(tmp_path, build, guidance_
 )
 def test_nothing_at_all_gives_an_unconditional_models_samples(tmp_path, scheduler):
     pipe = pixel_pipeline(scheduler=scheduler)
-    x0, told = make_cache(None, family_of(pipe), DataConfig(cache=tmp_path, num_generated=3, num_inference_steps=4)).read(range(3))
+    x0, told = make_cache(None, family_of(pipe), DataConfig(cache=tmp_path, num_generated=3, generation_steps=4)).read(range(3))
     generators = [noise_generator(0, Wanted(None, i)) for i in range(3)]
     images = pipe(batch_size=3, generator=generators, num_inference_steps=4, output_type="np").images
     assert told == {}
@@ -520,7 +520,7 @@ def test_nothing_at_all_gives_an_unconditional_models_samples(tmp_path, schedule
 
 
 def test_classes_give_their_samples(tmp_path, class_family):
-    config = DataConfig(cache=tmp_path, num_generated=6, num_inference_steps=4)
+    config = DataConfig(cache=tmp_path, num_generated=6, generation_steps=4)
     x0, told = make_cache([0, 1, 2], class_family, config).read(range(6))
     assert told["class_labels"].tolist() == [0, 1, 2, 0, 1, 2]
     scheduler, pipe = DDIMScheduler(), class_family.pipe
@@ -533,7 +533,7 @@ def test_classes_give_their_samples(tmp_path, class_family):
 
 def test_dit_gives_its_samples(tmp_path):
     family = family_of(tiny_dit())
-    x0, _ = make_cache([5, 7], family, DataConfig(cache=tmp_path, num_generated=2, num_inference_steps=3)).read([0, 1])
+    x0, _ = make_cache([5, 7], family, DataConfig(cache=tmp_path, num_generated=2, generation_steps=3)).read([0, 1])
     generators = [noise_generator(0, Wanted(label, 0)) for label in (5, 7)]
     images = family.pipe(class_labels=[5, 7], generator=generators, num_inference_steps=3, guidance_scale=3.0, output_type="np").images
     shown = family.pipe.vae.decode(x0 / family.pipe.vae.config.scaling_factor).sample
@@ -542,7 +542,7 @@ def test_dit_gives_its_samples(tmp_path):
 
 def test_generated_samples_depend_on_everything_that_makes_them(tmp_path):
     def made(family, prompts=("one", "two"), **settings):
-        settings = dict(num_generated=2, num_inference_steps=2) | settings
+        settings = dict(num_generated=2, generation_steps=2) | settings
         before = stores(tmp_path, "generated")
         make_cache(list(prompts), family, DataConfig(cache=tmp_path, **settings))
         return stores(tmp_path, "generated") != before
@@ -550,7 +550,13 @@ def test_generated_samples_depend_on_everything_that_makes_them(tmp_path):
     pipe = tiny_stable_diffusion()
     family = family_of(pipe)
     assert made(family) and not made(family)
-    for settings in (dict(seed=1), dict(num_inference_steps=3), dict(guidance_scale=2.0), dict(num_generated=3), dict(prompts=["one"])):
+    for settings in (
+        dict(seed=1),
+        dict(generation_steps=3),
+        dict(generation_guidance_scale=2.0),
+        dict(num_generated=3),
+        dict(prompts=["one"]),
+    ):
         assert made(family, **settings), settings
     assert made(nudged("unet")) and made(nudged("text_encoder")) and not made(nudged("vae"))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
@@ -719,7 +725,7 @@ def test_prompts_that_do_not_fit_the_model(tmp_path, text_family, class_family):
     refused(None, class_family, "give a list of class numbers", tmp_path)
     refused(["one"], nothing, "told nothing of its samples, so that 'one' has no use; data=None", tmp_path)
     refused([0, 3], class_family, "entry 1 has the label 3", tmp_path)
-    refused(None, nothing, "guidance_scale=2.0, but UNet2DModel cannot be guided", tmp_path, guidance_scale=2.0)
+    refused(None, nothing, "generation_guidance_scale=2.0, but UNet2DModel cannot be guided", tmp_path, generation_guidance_scale=2.0)
     refused(["one", "two"], text_family, "num_generated=1 is less than the 2 prompts", tmp_path, num_generated=1)
     refused(["one"], text_family, "aspect_buckets, num_crops and random_flip are for pictures", tmp_path, aspect_buckets=True)
     refused(
@@ -731,7 +737,7 @@ def test_prompts_that_do_not_fit_the_model(tmp_path, text_family, class_family):
     )
     refused(rows(2), family_of(tiny_dit()), "makes pictures of .16, 16. only", tmp_path, resolution=32)
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
-    config = DataConfig(cache=tmp_path, num_generated=2, num_inference_steps=1)
+    config = DataConfig(cache=tmp_path, num_generated=2, generation_steps=1)
     assert len(make_cache(tmp_path / "prompts.txt", text_family, config)) == 2
 
 
@@ -742,7 +748,7 @@ def test_samples_that_are_not_finite_are_named(tmp_path):
         pipe.vae.quant_conv.bias.fill_(torch.inf)
     family = family_of(pipe)
     with pytest.raises(FloatingPointError, match="the sample of 'one' became NaN or infinity"):
-        make_cache(["one"], family, DataConfig(cache=tmp_path, num_generated=1, num_inference_steps=1))
+        make_cache(["one"], family, DataConfig(cache=tmp_path, num_generated=1, generation_steps=1))
     with pytest.raises(FloatingPointError, match="row 0 became NaN or infinity; load the model in float32 or bfloat16"):
         make_cache(rows(2), family, DataConfig(cache=tmp_path))
 
@@ -754,8 +760,8 @@ def test_samples_that_are_not_finite_are_named(tmp_path):
         (dict(resolution=(8, 8, 8)), "must be a positive number of pixels, or .height, width."),
         (dict(num_crops=0), "num_crops=0 must be at least 1"),
         (dict(num_generated=0), "num_generated=0 must be at least 1"),
-        (dict(num_inference_steps=0), "num_inference_steps=0 must be at least 1"),
-        (dict(guidance_scale=float("nan")), "guidance_scale=nan is not a finite number"),
+        (dict(generation_steps=0), "generation_steps=0 must be at least 1"),
+        (dict(generation_guidance_scale=float("nan")), "generation_guidance_scale=nan is not a finite number"),
         (dict(num_crops=2), "num_crops=2, but with center_crop there are 1 different ones"),
         (dict(num_crops=3, random_flip=True), "there are 2 different ones"),
     ],
@@ -763,5 +769,5 @@ def test_samples_that_are_not_finite_are_named(tmp_path):
 def test_settings_out_of_range(settings, match):
     with pytest.raises(ValueError, match=match):
         DataConfig(**settings)
-    DataConfig(resolution=(8, 16), num_crops=2, random_flip=True, guidance_scale=1.0)
+    DataConfig(resolution=(8, 16), num_crops=2, random_flip=True, generation_guidance_scale=1.0)
     DataConfig(num_crops=9, center_crop=False)

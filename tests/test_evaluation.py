@@ -11,6 +11,7 @@ from PIL import Image
 
 import diffx
 from diffx import glyphs
+from diffx.calibration.fixed import calibration_of
 from diffx.evaluation import (
     Comparison,
     GlyphEvaluator,
@@ -29,6 +30,8 @@ from diffx.evaluation import (
     render,
     rms,
 )
+from diffx.evaluation.report import error_plot, picture_grid
+from diffx.evaluation.samplers import split_count
 from diffx.testing import call_inputs, tiny_flux, tiny_stable_diffusion
 
 
@@ -241,11 +244,26 @@ def test_samplers_from_folders(tmp_path):
         ("UniPC:solver_order=1,solver_order=2", "each key once"),
         ("diffusers:UniPCMultistepScheduler:solver_type=sideways", "refuses its options"),
         ("/no/such/folder", "no folder here"),
+        ("UniPC@6", "only comparisons take steps after @"),
+        ("emoji_calibrated", "nearest is 'emoji_calibrated_6'"),
+        ("emoji_calibrated_6", "sampler 'emoji_calibrated_6' was made for num_train_timesteps=1024, the model has 1000"),
     ],
 )
 def test_bad_samplers_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_sampler(spec, CONFIG)
+
+
+def test_steps_of_a_sampler_follow_its_name(tmp_path):
+    options = "DPMSolver:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true"
+    folder = tmp_path / "run@3"
+    folder.mkdir()
+    for spec in ("UniPC", options, "diffusers:DDIMScheduler?eta=1", "owner/name", str(folder), f"{folder}?solver_order=1"):
+        assert split_count(spec) == (spec, None)
+        assert split_count(f"{spec}@12") == (spec, 12)
+    for count in ("", "0", "-1", "2.5", "six"):
+        with pytest.raises(ValueError, match="after @ comes a number of steps from 1 on, as in UniPC@6"):
+            split_count(f"UniPC@{count}")
 
 
 def test_broken_sampler_folders_are_refused(tmp_path):
@@ -345,6 +363,59 @@ def test_report_is_json_markdown_and_two_pictures(comparison, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.fixture
+def table(tmp_path):
+    """A folder with a calibrated table of 4 steps for ``tiny_stable_diffusion``: DPM-Solver's own."""
+    config = tiny_stable_diffusion().scheduler.config
+    solver = diffx.DPMSolver.from_config(config)
+    solver.set_timesteps(4)
+    diffx.Calibrated.from_config(config, calibration=calibration_of(solver).to_dict()).save_pretrained(tmp_path / "table")
+    return str(tmp_path / "table")
+
+
+def test_samplers_with_steps_of_their_own_stand_beside_the_others(table, recwarn):
+    pipe, heun = tiny_stable_diffusion(), "diffusers:HeunDiscreteScheduler"
+    inputs = call_inputs(pipe)
+    inputs.pop("prompt")
+    words = ["UniPC", f"{heun}@3", table, "DPMSolver@4", "UniPC@5"]
+    found = compare(pipe, words, num_inference_steps=(2, 3), prompts=["a"], reference_steps=6, progress=False, **inputs)
+    assert not [str(warning.message) for warning in recwarn if "calibrated" in str(warning.message)]
+    runs = [(row.sampler, row.num_inference_steps, row.nfe) for row in found.rows[2:]]
+    assert runs == [("UniPC", 2, 2), ("UniPC", 3, 3), (heun, 3, 5), (table, 4, 4), ("DPMSolver", 4, 4), ("UniPC", 5, 5)]
+    ours, twin = find(found, table, 4, 3.0), find(found, "DPMSolver", 4, 3.0)
+    assert ours.latent_rms == pytest.approx(twin.latent_rms, rel=1e-4)  # one table, but for the rounding of its weights in JSON
+
+    grid = np.asarray(picture_grid(found))
+    places = {}
+    for (sampler, n, _), (pixels,) in found.images.items():
+        shown = pixels.repeat(6, 0).repeat(6, 1)  # 16 pixels, enlarged to 96
+        top = grid.shape[0] - 96 - 3
+        places[sampler, n] = [x for x in range(grid.shape[1] - 95) if np.array_equal(grid[top : top + 96, x : x + 96], shown)]
+    order = [("diffusers:DDIMScheduler", 6), ("UniPC", 2), ("UniPC", 3), ("UniPC", 5), (heun, 3), (table, 4)]
+    assert [places[key][0] for key in order] == sorted(places[key][0] for key in order)
+    assert places["UniPC", 5][0] - places["UniPC", 3][0] == 96 + 3  # one group, under one name
+    lines = {line.get_label(): list(line.get_xdata()) for line in error_plot(found).axes[0].lines}
+    assert (lines["UniPC"], lines[heun], lines[table]) == ([2, 3, 5], [5], [4])
+    assert f"| {table} | 4 |" in found.markdown()
+
+
+@pytest.mark.parametrize(
+    ("samplers", "arguments", "message"),
+    [
+        (["{table}@5"], {}, "is a table for 4 steps alone, asked were 5; leave out '@5', or calibrate one"),
+        (["UniPC"], dict(reference="{table}"), "is a calibrated table of few steps; use a sampler that takes 6"),
+        (["UniPC@7"], {}, "no fewer than the most steps of any sampler, 7"),
+        (["UniPC", "UniPC@3"], {}, "sampler 'UniPC' is listed twice at 3 steps"),
+        (["{table}", "{table}@4"], {}, "is listed twice at 4 steps"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(table, samplers, arguments, message):
+    arguments = {key: value.format(table=table) for key, value in arguments.items()}
+    words = [word.format(table=table) for word in samplers]
+    with pytest.raises(ValueError, match=message):
+        compare(tiny_stable_diffusion(), words, num_inference_steps=(3,), prompts=["a"], reference_steps=6, progress=False, **arguments)
+
+
 def test_pipeline_is_given_back_as_it_was_also_after_an_error():
     pipe = tiny_stable_diffusion()
     scheduler, inputs = pipe.scheduler, call_inputs(pipe)
@@ -368,7 +439,7 @@ def test_pipeline_is_given_back_as_it_was_also_after_an_error():
         (dict(num_inference_steps=(0,)), "from 1 on, got 0"),
         (dict(batch_size=0), "from 1 on, got 0"),
         (dict(guidance_scale=(float("nan"),)), "not a finite number"),
-        (dict(reference_steps=3), "no fewer than the largest"),
+        (dict(reference_steps=3), "no fewer than the most steps"),
         (dict(reference="DDIM:etta=1"), "no option 'etta'"),
         (dict(reference="diffusers:EulerAncestralDiscreteScheduler"), "draws fresh noise"),
         (dict(heigth=16), "takes no 'heigth'"),

@@ -8,7 +8,16 @@ import torch
 
 import diffx
 from diffx.schedulers.grid import Convention, shift_sigmas, spaced_timesteps
-from diffx.schedulers.spacing import ays_sigmas, beta_quantile, beta_sigmas, exponential_sigmas, karras_sigmas, quadratic_timesteps
+from diffx.schedulers.spacing import (
+    ays_sigmas,
+    beta_quantile,
+    beta_sigmas,
+    exponential_sigmas,
+    karras_sigmas,
+    logsnr_sigmas,
+    polyexponential_sigmas,
+    quadratic_timesteps,
+)
 
 POINTS, ENDS = Convention(), Convention(ends_on_point=True)
 
@@ -35,12 +44,87 @@ def test_exponential_is_even_in_the_logarithm():
     np.testing.assert_allclose(exponential_sigmas(4, sigma_min=0.01, sigma_max=10.0), [10, 1, 0.1, 0.01], rtol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [0.3, 0.6, 1.0, 2.5])
-def test_beta_quantiles_are_scipys(shape):
+@pytest.mark.parametrize("a", [0.3, 0.6, 1.0, 2.5, 10.0])
+@pytest.mark.parametrize("b", [0.3, 0.6, 1.0, 2.5, 10.0])
+def test_beta_quantiles_are_scipys(a, b):
     u = np.concatenate([np.linspace(0, 1, 101), [1e-6, 1 - 1e-6]])
-    np.testing.assert_allclose(beta_quantile(u, shape), scipy.stats.beta.ppf(u, shape, shape), rtol=1e-11, atol=1e-14)
-    sigmas = beta_sigmas(9, sigma_min=0.1, sigma_max=10.0, shape=shape)
-    assert sigmas[0] == 10.0 and sigmas[-1] == 0.1 and sigmas[4] == pytest.approx(5.05)  # the median is the middle
+    # The series of shape 10 loses four digits to terms of changing sign, and bisection stops at 2^-61.
+    np.testing.assert_allclose(beta_quantile(u, a, b), scipy.stats.beta.ppf(u, a, b), rtol=1e-10, atol=1e-14)
+    sigmas = beta_sigmas(9, sigma_min=0.1, sigma_max=10.0, a=a, b=b)
+    assert sigmas[0] == 10.0 and sigmas[-1] == 0.1
+    if a == b:
+        assert sigmas[4] == pytest.approx(5.05)  # the median is the middle
+
+
+def test_beta_of_shapes_1_is_even_and_b_1_a_power():
+    np.testing.assert_allclose(beta_sigmas(5, sigma_min=1.0, sigma_max=9.0, a=1.0, b=1.0), [9, 7, 5, 3, 1], rtol=1e-14)
+    # I_x(a, 1) = x^a
+    np.testing.assert_allclose(beta_sigmas(5, sigma_min=1e-9, sigma_max=1.0, a=0.5, b=1.0), [1, 9 / 16, 1 / 4, 1 / 16, 0], atol=2e-9)
+
+
+def test_polyexponential_is_a_power_of_the_ramp_in_the_logarithm():
+    # (1, 2/3, 1/3, 0)^2 of nine powers of ten, from 1e-3 on
+    sigmas = polyexponential_sigmas(4, sigma_min=1e-3, sigma_max=1e6, rho=2.0)
+    np.testing.assert_allclose(sigmas, [1e6, 10.0, 1e-2, 1e-3], rtol=1e-13)
+    plain, exponential = (f(7, sigma_min=0.03, sigma_max=14.6) for f in (polyexponential_sigmas, exponential_sigmas))
+    np.testing.assert_allclose(plain, exponential, rtol=1e-14)
+
+
+def test_logsnr_is_even_in_lam_on_flow_models_too():
+    sigmas = logsnr_sigmas(5, sigma_min=0.1, sigma_max=0.9)
+    np.testing.assert_allclose(sigmas, [0.9, 0.75, 0.5, 0.25, 0.1], rtol=1e-14)  # lam from -log 9 to log 9: 9 = 3^2
+    for options in (dict(prediction_type="flow_prediction", shift=3.0), {}):
+        scheduler = diffx.DPMSolver(spacing="logsnr", **options)
+        scheduler.set_timesteps(8)
+        np.testing.assert_allclose(np.diff([call.lam for call in scheduler.plan().calls], n=2), 0, atol=1e-12)  # float64
+    flow = diffx.Euler(spacing="logsnr", prediction_type="flow_prediction")
+    flow.set_timesteps(8)
+    assert flow.sigmas[0] == pytest.approx(0.999) and flow.sigmas[-2:].tolist() == pytest.approx([0.001, 0])
+    flow.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8))  # as pipelines pass it: between its ends, as for karras
+    assert flow.sigmas[0] == pytest.approx(0.999) and flow.sigmas[-2:].tolist() == pytest.approx([0.125, 0])
+    with pytest.raises(ValueError, match=r"need 0 < sigma_min < sigma_max < 1, got 0\.001 and 1\.0"):
+        diffx.Euler(spacing="logsnr", prediction_type="flow_prediction", sigma_max=1.0).set_timesteps(8)
+
+
+@pytest.mark.parametrize("options", [{}, dict(prediction_type="flow_prediction", shift=3.0)], ids=["betas", "flow"])
+def test_our_fills_have_the_ends_of_diffusers_and_parameters_of_their_own(options):
+    grids = {}
+    for words in (
+        dict(use_beta_sigmas=True),
+        dict(spacing="beta"),
+        dict(spacing="beta", spacing_alpha=0.4, spacing_beta=0.9),
+        dict(use_exponential_sigmas=True),
+        dict(spacing="polyexponential"),
+        dict(spacing="polyexponential", spacing_rho=2.0),
+    ):
+        scheduler = diffx.UniPC(**words, **options)
+        scheduler.set_timesteps(6)
+        grids["/".join(map(str, words.values() if "spacing" in words else words))] = scheduler._grid.sigmas
+    np.testing.assert_array_equal(grids["beta"], grids["use_beta_sigmas"])
+    np.testing.assert_allclose(grids["polyexponential"], grids["use_exponential_sigmas"], rtol=1e-14)
+    for sigmas in grids.values():
+        assert sigmas[[0, -2]].tolist() == pytest.approx(grids["beta"][[0, -2]].tolist(), rel=1e-14)
+    assert (grids["beta/0.4/0.9"][1:-2] < grids["beta"][1:-2]).all() and (
+        grids["polyexponential/2.0"][1:-2] < grids["polyexponential"][1:-2]
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (dict(spacing_rho=2.0), "spacing_rho=2.0 has no effect without spacing='polyexponential'; set both or neither"),
+        (dict(spacing="polyexponential", spacing_alpha=0.5), "spacing_alpha=0.5 has no effect without spacing='beta'"),
+        (dict(spacing="polyexponential", spacing_rho=0.0), "spacing_rho=0.0 must be above 0; 1 is exponential"),
+        (dict(spacing="beta", spacing_beta=11.0), "spacing_beta=11.0 must lie between 0 and 10"),
+        (dict(spacing="beta", use_beta_sigmas=True), "spacing='beta' contradicts use_beta_sigmas=True; set one of them"),
+        (dict(shift=3.0), "shift=3.0 is for flow models"),
+    ],
+)
+def test_words_without_effect_or_sense(words, message):
+    diffx.DPMSolver(spacing="polyexponential", spacing_rho=2.0).set_timesteps(4)
+    diffx.DPMSolver(spacing="beta", spacing_alpha=0.5, spacing_beta=10.0).set_timesteps(4)
+    with pytest.raises(ValueError, match=message):
+        diffx.DPMSolver(**words).set_timesteps(4)
 
 
 def test_quadratic_times():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import diffx
+from diffx.schedulers.singlestep import dpm_singlestep
 from diffx.testing import denoise
 
 TOLERANCE = 1e-5
@@ -499,6 +500,7 @@ def test_flow_lcm(shift):
 BOUNDED = {
     "DDIM": (diffx.DDIM, diffusers.DDIMScheduler, dict(timestep_spacing="leading", clip_sample=False)),
     "DPMSolver": (diffx.DPMSolver, diffusers.DPMSolverMultistepScheduler, {}),
+    "DPMSolverSinglestep": (diffx.DPMSolverSinglestep, diffusers.DPMSolverSinglestepScheduler, {}),
     "UniPC": (diffx.UniPC, diffusers.UniPCMultistepScheduler, {}),
 }
 
@@ -681,6 +683,109 @@ def test_dpm_on_noise_predictions_ends_at_zero_where_stock_does_not():
         diffx.DPMSolver(algorithm_type="dpm")
 
 
+# ---------------------------------------------------------------------------------------------- DPMSolverSinglestep
+
+SINGLESTEP = {
+    f"{kind}{order}-{solver_type}": dict(solver_order=order, algorithm_type=kind, solver_type=solver_type)
+    for kind in ("dpmsolver++", "dpmsolver")
+    for order, solver_type in ((1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint"), (3, "heun"))
+}
+
+
+def assert_singlestep_parity(run, **config):
+    """A fresh stock class for every run, since one of an uneven number of steps writes ``lower_order_final`` into its config.
+
+    It keeps its levels in float32: differences of their logarithms cost order 3 up to 9e-5, and noise predictions multiply them by
+    exp(h) (1e-3). There it is given ours.
+    """
+    stock = diffusers.DPMSolverSinglestepScheduler(**config)
+    ours = diffx.DPMSolverSinglestep.from_config(stock.config)
+    stock.set_timesteps(**run)
+    ours.set_timesteps(**run)
+    torch.testing.assert_close(ours.sigmas.double(), stock.sigmas.double(), rtol=1e-5, atol=0)  # float32
+    assert (ours.timesteps - stock.timesteps).abs().max() <= 1  # stock truncates exponential and beta times, ours are rounded
+    if config["solver_order"] == 3 or config["algorithm_type"] == "dpmsolver":
+        stock.sigmas = torch.tensor(ours._grid.sigmas)
+    assert_parity(ours, stock, times=stock.timesteps.clone())
+
+
+SINGLESTEP_GRIDS = {"linspace": {}, **{name: {f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta")}}
+SINGLESTEP_CASES = [case for case in cases(SINGLESTEP_GRIDS) if "zero_snr" not in case.values]  # stock knows no zero terminal SNR
+
+
+@pytest.mark.filterwarnings("ignore:.algorithm_types=dpmsolver:FutureWarning")  # stock calls "dpmsolver" deprecated
+@pytest.mark.parametrize("solver", SINGLESTEP)
+@pytest.mark.parametrize(("betas", "grid", "prediction_type"), SINGLESTEP_CASES)
+def test_singlestep(betas, grid, prediction_type, solver):
+    on_noise = "++" not in solver
+    config = dict(prediction_type=prediction_type, **SINGLESTEP[solver], **BETAS[betas], **SINGLESTEP_GRIDS[grid])
+    if on_noise and betas == "cosine" and "1" not in solver:
+        ours = diffx.DPMSolverSinglestep(final_sigmas_type="sigma_min", **config)
+        with pytest.raises(ValueError, match=r"spans 1\d.* in log\(alpha / sigma\), and on noise predictions 10 is the most"):
+            ours.set_timesteps(3)
+        return
+    for num_steps in STEPS:
+        assert_singlestep_parity(dict(num_inference_steps=num_steps), final_sigmas_type="sigma_min" if on_noise else "zero", **config)
+
+
+@pytest.mark.filterwarnings("ignore:.algorithm_types=dpmsolver:FutureWarning")  # as above
+@pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
+@pytest.mark.parametrize("lower_order_final", [True, False])
+@pytest.mark.parametrize("solver", SINGLESTEP)
+def test_singlestep_final_steps_and_custom_timesteps(solver, lower_order_final, final_sigmas_type):
+    config = dict(lower_order_final=lower_order_final, final_sigmas_type=final_sigmas_type, **SINGLESTEP[solver], **SCALED)
+    if config["algorithm_type"] == "dpmsolver" and final_sigmas_type == "zero":
+        with pytest.raises(ValueError, match="is not supported for `algorithm_type` dpmsolver"):
+            diffusers.DPMSolverSinglestepScheduler(**config)
+        diffx.DPMSolverSinglestep(**config).set_timesteps(6)
+        return
+    for run in (*(dict(num_inference_steps=n) for n in (1, 2, 3, 4, 5, 6, 15)), dict(timesteps=[999, 812, 600, 405, 111, 7])):
+        assert_singlestep_parity(run, **config)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("solver", [name for name in SINGLESTEP if "++" in name])  # stock has no noise predictions of flow models
+def test_singlestep_flow(solver, shift):
+    """As for the multistep class: both networks are told stock's times, ours is given stock's grid, already shifted."""
+    for num_steps in STEPS:
+        stock = diffusers.DPMSolverSinglestepScheduler(flow_shift=shift, **FLOW, **SINGLESTEP[solver])
+        ours = diffx.DPMSolverSinglestep.from_config(stock.config, flow_shift=1.0)
+        stock.set_timesteps(num_steps)
+        ours.set_timesteps(sigmas=stock.sigmas[:-1].tolist())
+        stock.sigmas = stock.sigmas.double()  # 1 - sigma begins at 3e-4
+        assert_parity(ours, stock, times=stock.timesteps.clone())
+
+
+def test_singlestep_begins_its_groups_after_pure_noise():
+    ours = diffx.DPMSolverSinglestep(solver_order=3, prediction_type="flow_prediction")
+    ours.set_timesteps(8)
+    assert ours.sigmas[0] == 1
+    assert [call.predictions for call in ours.plan().calls] == [1, 1, 2, 2, 1, 2, 2, 1]  # 1 | 1 2 3 | 1 2 3 | 1, midpoint
+    assert [call.anchor for call in ours.plan().calls] == [None, (1,), (1,), None, (1,), (1,), None, None]
+
+
+def test_singlestep_clips_lambda_and_refuses_what_it_has_not():
+    assert_singlestep_parity(dict(num_inference_steps=9), lambda_min_clipped=-5.1, **SINGLESTEP["dpmsolver++2-midpoint"], **BETAS["cosine"])
+    with pytest.raises(ValueError, match=r"algorithm_type='sde-dpmsolver\+\+' has noise, which groups of calls cannot keep; use DPMSolver"):
+        diffx.DPMSolverSinglestep(algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ValueError, match=r"algorithm_type='dpm' is not one of dpmsolver\+\+, dpmsolver"):
+        diffx.DPMSolverSinglestep(algorithm_type="dpm")
+    with pytest.raises(ValueError, match="solver_order=4 must be 1, 2 or 3"):
+        diffx.DPMSolverSinglestep(solver_order=4)
+    with pytest.raises(ValueError, match="solver_type='trapezoid' is not one of midpoint, heun"):
+        diffx.DPMSolverSinglestep(solver_type="trapezoid").set_timesteps(4)
+    alpha, sigma = np.array([0.0, 0.5, 0.8, 1.0]), np.array([1.0, 0.8, 0.6, 0.0])
+    dpm_singlestep(alpha, sigma, [1, 1, 1])
+    for orders, message in {
+        (1, 2, 1): "call 0 is in a group that begins at pure noise",
+        (1, 1, 2): "call 2 is in a group that begins at pure noise or ends at sigma = 0",
+        (1, 1, 3): "order 3 of call 2 must be 1, or one more than that of the call before and at most 3",
+        (2, 1, 1): "order 2 of call 0 must be 1",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            dpm_singlestep(alpha, sigma, orders)
+
+
 # ---------------------------------------------------------------------------------------------- DEIS and LMS
 
 
@@ -828,6 +933,8 @@ PAIRS = {
     "DPM2": lambda: (diffusers.DPMSolverMultistepScheduler(**SCALED), diffx.DPMSolver, {}),
     "DPM3": lambda: (diffusers.DPMSolverMultistepScheduler(solver_order=3, **SCALED), diffx.DPMSolver, dict(stock_third_order=True)),
     "SDE2": lambda: (diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **SCALED), diffx.DPMSolver, {}),
+    "Single2": lambda: (diffusers.DPMSolverSinglestepScheduler(**SCALED), diffx.DPMSolverSinglestep, {}),
+    "Single3": lambda: (diffusers.DPMSolverSinglestepScheduler(solver_order=3, **SCALED), diffx.DPMSolverSinglestep, {}),
     "Eps2": lambda: (diffusers.DPMSolverMultistepScheduler(**EPS_SOLVERS["dpmsolver2"], **SCALED), diffx.DPMSolver, {}),
     "UniPC1": lambda: (diffusers.UniPCMultistepScheduler(solver_order=1, **SCALED), diffx.UniPC, {}),
     "UniPC2": lambda: (diffusers.UniPCMultistepScheduler(**SCALED), diffx.UniPC, {}),

@@ -1,4 +1,4 @@
-"""The folders in ``schedulers/``: they load, hold the published numbers of their family, and sample its pipeline."""
+"""The folders in ``schedulers/`` and the embedded table: they load, hold the published numbers of their family, sample its pipeline."""
 
 import ast
 import importlib
@@ -19,6 +19,7 @@ import diffx
 from diffx.calibration import PipelineProblem
 from diffx.calibration.learn import distances
 from diffx.evaluation.samplers import make_sampler
+from diffx.loading import EMBEDDED_TABLE
 from diffx.oracle import Gaussian
 from diffx.schedulers.one_step import ddim
 from diffx.schedulers.table import State, advance
@@ -29,7 +30,6 @@ FOLDERS = ROOT / "schedulers"
 RECIPES = sorted(folder.name for folder in FOLDERS.iterdir() if folder.is_dir() and not (folder / "scheduler.py").is_file())
 TINY = {"sd15": tiny_stable_diffusion, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 BETAS = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-CALIBRATED = FOLDERS / "emoji_calibrated_6"
 # What the model repositories of each family hold, without the options of one stock class alone.
 PUBLISHED = {
     "sd15": (diffusers.PNDMScheduler, dict(BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)),
@@ -52,8 +52,8 @@ def card(name):
     return (FOLDERS / name / "README.md").read_text()
 
 
-def saved(name):
-    return json.loads((FOLDERS / name / "scheduler_config.json").read_text())
+def table_card():
+    return (EMBEDDED_TABLE / "README.md").read_text()
 
 
 def published(name):
@@ -67,7 +67,7 @@ def prepared(scheduler, steps=8):
 
 
 def test_every_family_has_a_recipe():
-    assert RECIPES == sorted([*PUBLISHED, "emoji", CALIBRATED.name])
+    assert RECIPES == sorted([*PUBLISHED, "emoji"])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -119,10 +119,12 @@ def test_the_calibrated_table_is_for_the_embedded_model_and_helps(embedded):
     """Eight noises of its benchmark's kind: nearer to 48 calls than the best fixed sampler, by more than half of what its card says."""
     stock = embedded.scheduler
     exec(
-        re.search(r"```python\n(.*?)```", card(CALIBRATED.name), re.DOTALL).group(1).replace('"schedulers/', f'"{FOLDERS}/'),
+        re.search(r"```python\n(.*?)```", table_card(), re.DOTALL).group(1).replace('"diffx/', f'"{ROOT}/diffx/'),
         {"pipe": embedded},
     )
     table, embedded.scheduler = embedded.scheduler, stock
+    by_name = make_sampler("emoji_calibrated_6", stock.config)
+    assert by_name.calibration == table.calibration
     assert table.misfits(embedded, guidance_scale=3.0) == []
     problem = PipelineProblem(embedded, ["rocket", "red apple on blue", "ghost on pink", "panda face"], 3.0, seed=5)
     goals = problem.ends(make_sampler("DPMSolver:timestep_spacing=trailing", problem.config), range(8), 48)
@@ -138,11 +140,12 @@ def test_the_calibrated_table_is_for_the_embedded_model_and_helps(embedded):
 def test_the_calibrated_card_has_the_figures_of_the_benchmark():
     part = json.loads((ROOT / "benchmarks" / "results" / "calibration" / "parts" / "emoji-6.json").read_text())
     for found in (part["calibrated"], part["diffx"][0], part["diffusers"][0]):
-        assert f"| {found['mean']:.4f} | {found['rms']:.4f} |" in card(CALIBRATED.name)
-    assert part["config"]["calibration"]["rows"] == saved(CALIBRATED.name)["calibration"]["rows"]
+        assert f"| {found['mean']:.4f} | {found['rms']:.4f} |" in table_card()
+    saved = json.loads((EMBEDDED_TABLE / "scheduler_config.json").read_text())
+    assert part["config"]["calibration"]["rows"] == saved["calibration"]["rows"]
     misuse = json.loads((ROOT / "benchmarks" / "results" / "calibration" / "misuse.json").read_text())
     for found in misuse.values():
-        assert f"| {found['calibrated']:.4f} | {found['DDIM:spacing=ays_sd']:.4f} |" in card(CALIBRATED.name)
+        assert f"| {found['calibrated']:.4f} | {found['DDIM:spacing=ays_sd']:.4f} |" in table_card()
 
 
 def error_on_gaussian_data(scheduler, steps):
@@ -300,11 +303,13 @@ def test_without_diffx_the_component_says_where_it_comes_from(monkeypatch):
 
 
 def test_contributing_shows_the_component_as_it_is():
-    shown, source = (ROOT / "CONTRIBUTING.md").read_text(), (GRADIENT_ESTIMATION / "scheduler.py").read_text()
-    for node in ast.parse(source).body[-2:]:
-        code = ast.get_source_segment(source, node).replace("Row(", "diffx.Row(").replace("Table(", "diffx.Table(")
-        code = code.replace("(TableScheduler", "(diffx.TableScheduler")
-        assert code in shown
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL).group(1).replace("diffx.", "")
+    shown = {node.name: ast.unparse(node.body) for node in ast.parse(shown).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for file in (ROOT / "diffx" / "schedulers" / "derivative.py", GRADIENT_ESTIMATION / "scheduler.py"):
+        bodies = {node.name: ast.unparse(node.body) for node in ast.parse(file.read_text()).body if hasattr(node, "name")}
+        (name,) = shown.keys() & bodies.keys()  # the rows there, the class here
+        assert shown.pop(name) == bodies[name].replace("diffx.", "")
+    assert not shown
 
 
 def test_the_script_of_the_card_writes_its_plot_and_table(component, tmp_path):

@@ -42,7 +42,8 @@ def calibrate(
         guidance_scale: at which the model will be used, 1 being none; a table does not fit a larger one.
         cache: None is ``$XDG_CACHE_HOME/diffx/calibration`` or ``~/.cache/diffx/calibration``.
         call_kwargs: passed to every call of the pipeline, for instance height and width.
-        settings: ``Settings``, for instance num_samples, iterations, time_budget.
+        settings: ``Settings``, for instance num_samples, iterations, time_budget. The noises of ``seed`` are those that ``compare``
+            takes for 2 * seed, and held out those for 2 * seed + 1: test with another.
 
     Raises:
         ValueError: too few prompts or samples, a reference with noise or too few steps, an unknown setting.

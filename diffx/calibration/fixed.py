@@ -9,10 +9,12 @@ import numpy as np
 
 from ..evaluation.samplers import make_sampler
 from ..schedulers.calibrated import Calibration
+from ..schedulers.derivative import gradient_estimation
 from ..schedulers.process import is_flow
 from ..schedulers.scheduler import TableScheduler
 from ..schedulers.table import Table
 
+GRADIENT_ESTIMATION = {f"gradient_estimation:gamma={gamma:g}": gamma for gamma in (1.5, 2.0)}
 SOLVERS = ("DDIM", "DPMSolver", "DPMSolver:solver_order=3", "UniPC", "UniPC:solver_order=3")
 BETA_GRIDS = (
     "timestep_spacing=trailing", "timestep_spacing=linspace", "timestep_spacing=leading", "spacing=quadratic", "spacing=ays_sd",
@@ -28,6 +30,21 @@ FLOW_GRIDS = (
     "use_exponential_sigmas=true",
     "use_beta_sigmas=true",
 )
+# Pairs that were among the best of all solvers on all grids for a mixture with an exact denoiser, or of Diffusers' for any model.
+BETA_PAIRS = (
+    *product((*GRADIENT_ESTIMATION,), ("spacing=ays_sd", "use_karras_sigmas=true", "timestep_spacing=linspace")),
+    *product(("DPMSolverSinglestep:solver_order=3",), ("use_karras_sigmas=true", "timestep_spacing=linspace")),
+    *product(("UniPC", "DPMSolverSinglestep:solver_order=3"), ("spacing=polyexponential,spacing_rho=0.7",)),
+    ("LMS", "use_karras_sigmas=true"),
+    ("DEIS:solver_order=2,final_sigmas_type=zero", "use_karras_sigmas=true"),
+)
+FLOW_PAIRS = (
+    *product((*GRADIENT_ESTIMATION,), ("shift=1", "use_beta_sigmas=true")),
+    ("gradient_estimation:gamma=2", "spacing=beta,spacing_alpha=0.5,spacing_beta=0.8"),
+    *product(("LMS:solver_order=2",), ("shift=1", "use_beta_sigmas=true")),
+    ("LMS", "use_beta_sigmas=true"),
+    ("UniPC", "spacing=polyexponential,spacing_rho=0.7"),
+)
 
 
 def candidates(config: Mapping[str, Any], calls: int, mu: float | None = None) -> dict[str, Calibration]:
@@ -39,11 +56,18 @@ def candidates(config: Mapping[str, Any], calls: int, mu: float | None = None) -
     flow = is_flow(config)
     given = {"": None, " from even sigmas": np.linspace(1, 1 / calls, calls).tolist()} if flow else {"": None}
     found = {}
-    for grid, solver, (note, sigmas) in product(FLOW_GRIDS if flow else BETA_GRIDS, SOLVERS, given.items()):
+    pairs = [(solver, grid) for grid in (FLOW_GRIDS if flow else BETA_GRIDS) for solver in SOLVERS]
+    for (solver, grid), (note, sigmas) in product([*pairs, *(FLOW_PAIRS if flow else BETA_PAIRS)], given.items()):
         with contextlib.suppress(ValueError):  # a contradiction with the model's own grid words
-            scheduler: Any = make_sampler(word_of(solver, grid), config)
+            scheduler: Any = make_sampler(word_of("DDIM" if solver in GRADIENT_ESTIMATION else solver, grid), config)
             scheduler.set_timesteps(None if sigmas else calls, sigmas=sigmas, mu=mu)
-            found[word_of(solver, grid) + note] = calibration_of(scheduler)
+            if solver in GRADIENT_ESTIMATION:  # no class of the package, but rows on the grid of DDIM
+                alpha, sigma = scheduler._levels
+                table = Table(alpha, sigma, tuple(gradient_estimation(alpha, sigma, GRADIENT_ESTIMATION[solver])))
+                made = written(table, scheduler.timesteps.tolist(), scheduler._process.frame)
+            else:
+                made = calibration_of(scheduler)
+            found[word_of(solver, grid) + note] = made
     return found
 
 

@@ -47,7 +47,7 @@ class Knob:
 
 def knobs_of(calls: int) -> list[Knob]:
     """Every free number of a run of that many network calls."""
-    places = [Knob(kind, k) for kind in ("level", "time") for k in range(1, calls)]
+    places = [Knob("level", k) for k in range(1, calls)] + [Knob("time", k) for k in range(calls)]
     return places + [Knob("weight", k, j) for k in range(1, calls) for j in range(1, min(k, LOOK_BACK) + 1)]
 
 
@@ -162,6 +162,8 @@ class Runner:
 
     def changed(self, run: Calibration, call: int, before: Pass, samples: Sequence[int]) -> Tensor:
         """The end of ``run``, which agrees with the run of ``before`` up to what network call ``call`` is fed and told."""
+        if not call:
+            return self.whole(run, samples).end
         history = tuple(before.predictions[:call][::-1])
         x = combine(run.rows[call - 1], before.samples[call - 1], history)
         left = run.num_inference_steps - call

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..loading import EMBEDDED_TABLE
 from . import options
 
 PROMPTS = (
@@ -19,19 +20,20 @@ PROMPTS = (
     "ghost on pink",
 )
 CONTROLS = ("diffusers:DDIMScheduler", "diffusers:DPMSolverMultistepScheduler", "diffusers:UniPCMultistepScheduler")
-SAMPLERS = ("DDIM", "Euler", "DPMSolver", "UniPC", *CONTROLS)
+SAMPLERS = (EMBEDDED_TABLE.name, "DDIM", "Euler", "DPMSolver", "UniPC", *CONTROLS)
 
 
 def quickstart(
     output: options.Folder = Path("outputs/quickstart"),
-    seed: options.Seed = 0,
+    seed: options.Seed = 2,  # the noises of 0 and 1 are those that the calibrated table was learned from and chosen by
     as_json: options.Json = False,
 ) -> None:
     """Compare every sampler on the embedded model: no network, under a minute on two cores.
 
     [bold]Example:[/bold] diffx quickstart --output outputs/quickstart
 
-    Eight prompts, 4 to 16 network calls, diffx's samplers beside Diffusers' own, all from the same noise as a 100-call reference.
+    Eight prompts, 4 to 16 network calls, diffx's samplers beside Diffusers' own, all from the same noise as a 100-call reference;
+    emoji_calibrated_6 is a table of 6 calls that was learned for this model.
     Writes compare.png, error.png, report.md and report.json.
     """
     compare(
@@ -47,7 +49,12 @@ def compare(
     model: options.Model = "emoji",
     samplers: Annotated[
         str,
-        typer.Option("--samplers", metavar="A,B,...", help="As --sampler of `diffx sample`, comma-separated."),
+        typer.Option(
+            "--samplers",
+            metavar="A,B,...",
+            help="As --sampler of `diffx sample`, comma-separated. Heun@3 runs at 3 steps instead of --num-inference-steps, "
+            "a calibrated table at its own number alone.",
+        ),
     ] = "UniPC,DPMSolver,diffusers:DPMSolverMultistepScheduler",
     num_inference_steps: options.StepsList = (4, 8, 16),
     guidance_scale: options.GuidanceList = (3.0,),

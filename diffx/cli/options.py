@@ -16,7 +16,7 @@ Sampler = Annotated[
         "--sampler",
         metavar="SAMPLER",
         help="One of diffx's (UniPC), with options (DPMSolver:algorithm_type=sde-dpmsolver++), Diffusers' (diffusers:DDIMScheduler), "
-        "or a folder or Hub id that holds one.",
+        "or a folder or Hub id that holds one; emoji_calibrated_6 is the embedded model's table of 6 steps.",
         show_default=False,
     ),
 ]

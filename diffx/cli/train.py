@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import options
 from .fields import flags_of, merged
 
+NAMES = {
+    "distill": {
+        "progressive": "Progressive", "lcm": "LCM", "pcm": "PCM", "dmd2": "DMD2", "guidance": "Guidance", "ct": "ConsistencyTraining",
+    },
+    "train": {"base": "Diffusion"},
+}  # fmt: skip
 EXAMPLES = {
+    "base": "diffx train base photos/ --model PATH_OR_ID --lora-rank 16 --train-steps 1000",
     "progressive": "diffx distill progressive --start 32 --end 4 --guidance-scale 3 --train-steps 3000 --output outputs/progressive",
     "lcm": "diffx distill lcm photos/ --teacher PATH_OR_ID --lora-rank 64 --train-steps 1000 --mixed-precision bf16",
     "pcm": "diffx distill pcm photos/ --teacher PATH_OR_ID --calls 4 --lora-rank 64",
@@ -44,21 +52,28 @@ Dump = Annotated[bool, typer.Option("--dump-config", help="Print the values of a
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory and network calls of an update, and stop.")]
 
 
-def commands() -> tuple[dict[str, Callable], Callable]:
-    """(``distill``'s commands by name, ``train``): the classes are imported when the flags are asked for."""
-    from ..objectives import DMD2, LCM, PCM, ConsistencyTraining, Diffusion, Guidance, Progressive
+class Methods(TyperGroup):
+    """Commands made of the classes of ``diffx.objectives``, which are imported when one is asked for."""
 
-    methods = dict(progressive=Progressive, lcm=LCM, pcm=PCM, dmd2=DMD2, guidance=Guidance, ct=ConsistencyTraining)
-    return {name: _command(method, EXAMPLES[name]) for name, method in methods.items()}, _command(
-        Diffusion, "diffx train photos/ --model PATH_OR_ID --lora-rank 16 --train-steps 1000"
-    )
+    def list_commands(self, ctx):
+        return list(NAMES[self.name or ""])
+
+    def get_command(self, ctx, cmd_name):
+        from .. import objectives
+
+        name = NAMES[self.name or ""].get(cmd_name)
+        if name is None:
+            return None
+        app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+        app.command(cmd_name)(_command(getattr(objectives, name), EXAMPLES[cmd_name]))
+        return typer.main.get_command(app)
 
 
-def _command(method: type, example: str) -> Callable:
+def _command(method: Any, example: str) -> Callable:
     from ..training.config import TrainConfig
     from ..training.data import DataConfig
 
-    teaches = getattr(method, "has_teacher")  # noqa: B009  # a class variable of every objective
+    teaches = method.has_teacher
 
     def command(
         data: Data = None,
@@ -78,7 +93,7 @@ def _command(method: type, example: str) -> Callable:
     ) -> None:
         import yaml
 
-        from ..training.api import cost, distill, make_lora, train
+        from ..training import api
 
         of_method = {field.name: field for field in dataclasses.fields(method)}
         chosen = merged(config, flags, list(flags))
@@ -94,10 +109,10 @@ def _command(method: type, example: str) -> Callable:
         rest = {name: value for name, value in chosen.items() if name not in of_method}
         targets = lora_targets.split(",") if lora_targets else None
         if dry_run:
-            found = cost(teacher, objective, lora=make_lora(lora_rank, lora_alpha, targets), **rest)
+            found = api.cost(teacher, objective, lora=api.make_lora(lora_rank, lora_alpha, targets), **rest)
             typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
             return
-        trained = (distill if teaches else train)(
+        trained = (api.distill if teaches else api.train)(
             teacher, objective, data, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=targets, sample_prompts=sample_prompt,
             output=output, device=device, report_to=report_to.split(",") if report_to else (), progress=not as_json, **rest,
         )  # fmt: skip
@@ -119,3 +134,9 @@ def _command(method: type, example: str) -> Callable:
     command.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
     return command
+
+
+distill = typer.Typer(cls=Methods, no_args_is_help=True, help="Make a student that needs fewer network calls; one command per method.")
+train = typer.Typer(cls=Methods, no_args_is_help=True, help="Train a model on pictures.")
+for group in (distill, train):
+    group.callback()(lambda: None)  # typer wants one of a group without commands of its own

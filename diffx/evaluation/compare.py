@@ -18,7 +18,7 @@ from ..schedulers import Calibrated, TableScheduler
 from .emoji import Evaluator
 from .metrics import Measure, psnr, rms
 from .report import Comparison, Result
-from .samplers import is_control, make_sampler
+from .samplers import is_control, make_sampler, split_count
 
 NETWORKS = ("unet", "transformer", "transformer_2")
 REQUIRED = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
@@ -47,14 +47,16 @@ def compare(
 
     Args:
         pipe: any Diffusers text-to-image pipeline.
-        samplers: as ``make_sampler`` takes them.
+        samplers: as ``make_sampler`` takes them. One may have steps of its own: "Heun@3" runs at 3 alone, whatever
+            ``num_inference_steps`` says. A calibrated table runs at the number that it was made for.
         reference: a deterministic sampler; it also runs at half of ``reference_steps``, for the floor.
         evaluator: what else to measure, for instance ``GlyphEvaluator()`` for the embedded model.
         batch_size: pictures per pipeline call. In memory are the pictures of two runs, and one per prompt and run for the grid.
         call_kwargs: passed to every call of the pipeline, for instance height, width, negative_prompt.
 
     Raises:
-        ValueError: an unknown sampler, a count below one, or a pipeline that takes no prompt, steps, guidance or generator.
+        ValueError: an unknown sampler, a count below one, a calibrated table asked for another number of steps than its own, or a
+            pipeline that takes no prompt, steps, guidance or generator.
         FloatingPointError: a sampler produced NaN or infinity; the message names it.
     """
     if isinstance(prompts, str) or isinstance(samplers, str):
@@ -62,13 +64,19 @@ def compare(
     prompts, samplers = tuple(prompts), tuple(samplers)
     steps, scales = tuple(num_inference_steps), tuple(float(scale) for scale in guidance_scale)
     _check(pipe, samplers, prompts, (*steps, reference_steps, num_images_per_prompt, batch_size), scales, call_kwargs)
-    if reference_steps < max(2, *steps):
-        raise ValueError(
-            f"reference_steps={reference_steps} must be at least 2 and no fewer than the largest of {steps}, num_inference_steps"
-        )
-    schedulers = {spec: make_sampler(spec, pipe.scheduler.config) for spec in (reference, *samplers)}  # all errors before the first run
+    counted = [split_count(word) for word in samplers]
+    specs = reference, *(spec for spec, _ in counted)
+    schedulers = {spec: make_sampler(spec, pipe.scheduler.config) for spec in specs}  # all errors before the first run
+    runs = [(spec, n) for spec, own in counted for n in _steps(spec, own, schedulers[spec], steps)]
+    if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
+        raise ValueError(f"sampler {twice[0][0]!r} is listed twice at {twice[0][1]} steps")
+    most = max(n for _, n in runs)
+    if reference_steps < max(2, most):
+        raise ValueError(f"reference_steps={reference_steps} must be at least 2 and no fewer than the most steps of any sampler, {most}")
+    if isinstance(schedulers[reference], Calibrated):
+        raise ValueError(f"reference={reference!r} is a calibrated table of few steps; use a sampler that takes {reference_steps}")
     plan = [(reference, reference_steps, "reference"), (reference, reference_steps // 2, "floor")]
-    plan += [(spec, n, "control" if is_control(spec) else "sampler") for spec in samplers for n in steps]
+    plan += [(spec, n, "control" if is_control(spec) else "sampler") for spec, n in runs]
     wanted = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
 
     rows: list[Result] = []
@@ -218,6 +226,16 @@ def _networks(pipe: Any) -> list[str]:
     return [name for name in NETWORKS if isinstance(pipe.components.get(name), nn.Module)]
 
 
+def _steps(spec: str, own: int | None, scheduler: Any, common: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of steps that a sampler runs at: a calibrated table's one, or that of its word, or the common ones."""
+    if isinstance(scheduler, Calibrated):
+        made = scheduler.calibration.num_inference_steps
+        if own not in (None, made):
+            raise ValueError(f"sampler {spec!r} is a table for {made} steps alone, asked were {own}; leave out '@{own}', or calibrate one")
+        return (made,)
+    return common if own is None else (own,)
+
+
 def _check(pipe: Any, samplers: tuple, prompts: tuple, counts: tuple, scales: tuple, call_kwargs: dict) -> None:
     parameters = inspect.signature(type(pipe).__call__).parameters
     missing = [name for name in REQUIRED if name not in parameters]
@@ -230,8 +248,6 @@ def _check(pipe: Any, samplers: tuple, prompts: tuple, counts: tuple, scales: tu
         raise ValueError(f"{', '.join(sorted(taken))}: compare() passes this itself")
     if not prompts or not samplers or not scales or len(counts) < 4:
         raise ValueError("prompts, samplers, num_inference_steps and guidance_scale each need at least one entry")
-    if duplicates := [spec for i, spec in enumerate(samplers) if spec in samplers[:i]]:
-        raise ValueError(f"sampler {duplicates[0]!r} is listed twice")
     if bad := [count for count in counts if count < 1 or count != int(count)]:
         raise ValueError(f"steps, pictures per prompt and batch_size must be whole numbers from 1 on, got {bad[0]}")
     if bad := [scale for scale in scales if not math.isfinite(scale)]:

@@ -152,7 +152,7 @@ def picture_grid(comparison: Comparison | Evaluation) -> Image.Image:
     cell = shown[0] + LINE, shown[1] + LINE
     font, small = ImageFont.load_default(16), ImageFont.load_default(14)
 
-    spans = {key: max(len(columns) * cell[0], MIN_CELL + 40) for key, columns in groups.items()}
+    spans = {key: max(len(columns) * cell[0], MIN_CELL + 56) for key, columns in groups.items()}
     titles = {key: wrap_text(key[0] + (", reference" if key[1] else ""), font, spans[key]) for key in groups}
     top = 20 * max(title.count("\n") + 1 for title in titles.values()) + 30
     left = 170

@@ -11,11 +11,13 @@ from typing import Any
 import diffusers
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
+from ..loading import EMBEDDED_TABLE
 from ..schedulers import SAMPLERS, Calibrated
 from ..schedulers.process import is_flow
 
 STOCK = "diffusers:"
 SPEC = re.compile(r"(?P<name>(?:diffusers:)?[A-Za-z_]\w*)(?:[:?](?P<options>.*))?")
+COUNTED = re.compile(r"(?P<spec>.+)@(?P<count>[^@/?]*)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A sampler folder must have been made for the same training process; other keys are the sampler's own business.
 PROCESS_KEYS = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
@@ -28,6 +30,7 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
         spec: "UniPC" (a diffx class), "diffusers:DDIMScheduler" (any of Diffusers'), or a folder or Hub id that holds a
             scheduler_config.json, itself or in its folder "scheduler", of one of those classes. Options follow a colon or a
             question mark: "DPMSolver:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true" (after a folder or id only "?").
+            "emoji_calibrated_6" is the folder of that name in the package, the embedded model's table.
 
     Raises:
         ValueError: an unknown class or option (the message names the nearest and lists all), an option of the wrong kind, a
@@ -35,10 +38,13 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
             folder or repository is ever run.
     """
     found = SPEC.fullmatch(spec)
-    if found and (found["name"] in class_names() or not Path(spec).is_dir()):
+    if found and found["name"] == EMBEDDED_TABLE.name:
+        source, text = found["name"], found["options"] or ""
+    elif found and (found["name"] in class_names() or not Path(spec).is_dir()):
         cls = _class(found["name"])
         return _build(cls, dict(config), _options(cls, found["options"] or ""), spec)
-    source, _, text = spec.partition("?")
+    else:
+        source, _, text = spec.partition("?")
     saved = _saved_config(source)
     saved_class = saved.get("_class_name", "")
     saved_class = saved_class[-1] if isinstance(saved_class, list) else saved_class
@@ -52,6 +58,20 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
         if key in saved and key in config and saved[key] != config[key]:
             raise ValueError(f"sampler {source!r} was made for {key}={saved[key]!r}, the model has {config[key]!r}")
     return _build(cls, saved, _options(cls, text), spec)
+
+
+def split_count(word: str) -> tuple[str, int | None]:
+    """A sampler of a comparison as ``make_sampler`` takes it, and the number of steps that follows its "@"; None where none does.
+
+    Raises:
+        ValueError: what follows is no number from 1 on.
+    """
+    found = COUNTED.fullmatch(word)
+    if not found or Path(word).expanduser().is_dir():
+        return word, None
+    if not re.fullmatch(r"[1-9][0-9]*", found["count"]):
+        raise ValueError(f"sampler {word!r}: after @ comes a number of steps from 1 on, as in {found['spec']}@6")
+    return found["spec"], int(found["count"])
 
 
 def class_names() -> dict[str, type[SchedulerMixin]]:
@@ -70,8 +90,9 @@ def _class(name: str) -> type[SchedulerMixin]:
     known = class_names()
     if name in known:
         return known[name]
-    listed = [other for other in known if is_control(other) == is_control(name)]
-    nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+    words = [*known, EMBEDDED_TABLE.name]
+    listed = [other for other in words if is_control(other) == is_control(name)]
+    nearest = difflib.get_close_matches(name, words, 1, 0.0)[0]
     raise ValueError(
         f"unknown sampler {name!r}; the nearest is {nearest!r}; known: {', '.join(listed)}"
         + ("" if is_control(name) else "; Diffusers' own as diffusers:ClassName; or a folder or Hub id with a scheduler_config.json")
@@ -122,7 +143,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _saved_config(source: str) -> dict[str, Any]:
-    folder = Path(source).expanduser()
+    folder = EMBEDDED_TABLE if source == EMBEDDED_TABLE.name else Path(source).expanduser()
     if folder.is_dir():
         files = [file for file in (folder / SCHEDULER_CONFIG_NAME, folder / "scheduler" / SCHEDULER_CONFIG_NAME) if file.is_file()]
         if not files:
@@ -131,7 +152,8 @@ def _saved_config(source: str) -> dict[str, Any]:
     elif HUB_ID.fullmatch(source):
         file = Path(_downloaded(source))
     else:
-        raise ValueError(f"sampler {source!r} is no folder here, no class, and a Hub id has the form owner/name")
+        hint = "; only comparisons take steps after @" if "@" in source else ""
+        raise ValueError(f"sampler {source!r} is no folder here, no class, and a Hub id has the form owner/name{hint}")
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -49,13 +49,17 @@ class DMD2(Objective):
         if not 0 <= self.times[0] < self.times[1] <= 1:
             raise ValueError(f"times={self.times} must be a rising pair between 0 and 1")
 
+    @property
+    def period(self) -> int:
+        return self.fake_steps + 1
+
     def check(self, family) -> None:
         super().check(family)
         check_divides(family, self.calls)
 
     def losses(self, nets, batch: Batch, now: Moment) -> dict[str, Loss]:
         x, level = self.rollout(nets, batch)
-        rest = now.step % (self.fake_steps + 1) < self.fake_steps
+        rest = now.step % self.period < self.fake_steps
         with torch.set_grad_enabled(not rest):
             x0 = nets.predict("student", x, level, batch.condition).x0
         noise = batch.draws.normal("noise", x0)
@@ -95,6 +99,6 @@ def matching_loss(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:
         x0: (B, ...) the student's samples.
         fake, real: (B, ...) what the fake network and the teacher make of them after noising.
     """
-    scale = column(absolute(x0.detach() - real).clamp(min=1e-4).cpu().numpy(), x0)
+    scale = absolute(x0.detach() - real).clamp(min=1e-4).view(-1, *[1] * (x0.ndim - 1))
     goal = (x0 - (fake - real) / scale).detach()
     return 0.5 * squared(x0 - goal)

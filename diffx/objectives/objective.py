@@ -76,6 +76,11 @@ class Objective:
         """Parts of equal length, each with an optimizer and a learning-rate schedule of its own; the student of one teaches the next."""
         return 1
 
+    @property
+    def period(self) -> int:
+        """Steps after which the trained roles have had their turns."""
+        return 1
+
     def settled(self, family: Family, lora: bool) -> Self:
         """The method with every choice made that it leaves to the model or to ``lora``; what is trained and exported goes by it.
 

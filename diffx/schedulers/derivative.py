@@ -1,4 +1,4 @@
-"""Solvers that extrapolate the derivative dx/dsigma = (x - x0) / sigma: Adams-Bashforth of orders 1 to 4, which Diffusers calls LMS."""
+"""Solvers that extrapolate the derivative: Adams-Bashforth in dx/dsigma, which Diffusers calls LMS, and gradient estimation in eps."""
 
 from collections.abc import Sequence
 
@@ -31,6 +31,25 @@ def adams_bashforth(sigma: np.ndarray, orders: Sequence[int]) -> list[Row]:
         nodes = (sigma[i - np.arange(order)] - sigma[i]) / h  # in steps
         weights = h * np.linalg.solve(np.vander(nodes, increasing=True).T, 1 / (1 + np.arange(order)))
         rows.append(Row((1.0, *weights.tolist()), kept=(1 / sigma[i], -1 / sigma[i])))
+    return rows
+
+
+def gradient_estimation(alpha: np.ndarray, sigma: np.ndarray, gamma: float) -> list[Row]:
+    """One row per interval of DDIM on gamma * eps_new + (1 - gamma) * eps_old; ``gamma=1`` is DDIM.
+
+    Calls keep eps = (x - alpha x0) / sigma for the next one; the first keeps x0, since pure noise (alpha = 0) says nothing of it.
+
+    Source: Permenter and Yuan 2023 (arXiv:2306.04848), the gradient-estimation sampler; gamma = 2 is its authors' value.
+    """
+    if not 1 <= gamma <= 3:
+        raise ValueError(f"gamma={gamma} must lie between 1 (DDIM) and 3; 2 is its authors' value")
+    rows = [Row((sigma[1] / sigma[0], alpha[1] - sigma[1] / sigma[0] * alpha[0]))]
+    for k, (a0, s0, a1, s1) in enumerate(zip(alpha[1:], sigma[1:], alpha[2:], sigma[2:], strict=False)):
+        scale, gain = a1 / a0, s1 - a1 / a0 * s0  # DDIM is scale * x + gain * eps
+        old = gain * (1 - gamma)
+        # The first step was DDIM's own, so that its eps is (x - a0 * x0_old) / s0 here, too.
+        weights = (scale, gain * gamma, old) if k else (scale + old / s0, gain * gamma, -old * a0 / s0)
+        rows.append(Row(weights, kept=(1 / s0, -a0 / s0)))
     return rows
 
 

@@ -32,22 +32,30 @@ def error_weights(table: Table) -> tuple[tuple[float, ...] | None, ...]:
 
     A row of p predictions is exact where x0 is a polynomial of degree p - 1 in lam = log(alpha / sigma). The next term of Newton's
     form is the estimate: alpha f[lam_k, ..., lam_(k-p)] times the integral of exp(-(h - u)) (u - u_0) ... (u - u_(p-1)) over the
-    step h. Early in a run it is the highest term that the predictions allow, which errs on the high side. The second call of an
-    interval is compared with what the first alone would have given, as in embedded Runge-Kutta pairs.
+    step h. Early in a run it is the highest term that the predictions allow, which errs on the high side. A step that starts from an
+    anchor of its own has the predictions since then first; one that only repeats the step before (Heun's second call) is compared
+    with what the first alone would have given, as in embedded Runge-Kutta pairs.
 
     None: a row without a second prediction, a step to infinite lam, or two predictions at one lam.
     """
     with np.errstate(divide="ignore"):
         lam = np.log(table.alpha) - np.log(table.sigma)
     made: list[tuple[float, ...] | None] = []
+    start = 0  # call at whose level the anchor is
     for k, row in enumerate(table.rows):
         before = table.rows[k - 1] if k else None
-        if before is not None and before.anchor not in (None, before.sample):  # the first call of this interval
+        if before is None or before.anchor in (None, before.sample):
+            start = k
+        if start < k and lam[k] == lam[k + 1]:
+            assert before is not None
             change = np.array(row.sample[1:])
             change[1 : len(before.sample)] -= before.sample[1:]
             made.append(tuple(change.tolist()))
         else:
-            made.append(_next_term(lam[max(0, k + 1 - MOST) : k + 1][::-1], lam[k + 1], float(table.alpha[k + 1]), _order(row, before)))
+            calls = [*range(start, k + 1), *range(start - 1, -1, -1)][:MOST]
+            order = max(_order(row, before), k + 1 - start)  # of a group's predictions one may have no weight
+            term = _next_term(lam[calls], lam[k + 1], float(table.alpha[k + 1]), order)
+            made.append(None if term is None else tuple(term[np.argsort(calls[: len(term)])[::-1]].tolist()))
     return tuple(made)
 
 
@@ -77,8 +85,8 @@ def _order(row: Row, before: Row | None) -> int:
     return max(1, int(np.count_nonzero(row.sample[1:])) - corrects)
 
 
-def _next_term(nodes: np.ndarray, end: float, alpha: float, order: int) -> tuple[float, ...] | None:
-    """Weights of the predictions at ``nodes`` (lam, newest first) in the term beyond ``order`` of the step from nodes[0] to ``end``."""
+def _next_term(nodes: np.ndarray, end: float, alpha: float, order: int) -> np.ndarray | None:
+    """Weights of the predictions at ``nodes`` (lam) in the term beyond the first ``order`` of them of the step from nodes[0] to ``end``."""
     nodes = nodes[np.isfinite(nodes)]
     q = min(order, MOST - 1, len(nodes) - 1)
     h = end - nodes[0] if len(nodes) else np.inf
@@ -87,4 +95,4 @@ def _next_term(nodes: np.ndarray, end: float, alpha: float, order: int) -> tuple
     u = 0.5 * h * (NODES + 1)
     integral = 0.5 * h * np.sum(WEIGHTS * np.exp(u - h) * np.prod([u + nodes[0] - node for node in nodes[:q]], axis=0))
     gaps = nodes[: q + 1, None] - nodes[None, : q + 1] + np.eye(q + 1)  # of the divided difference; 1 stands for its own gap
-    return tuple((alpha * integral / gaps.prod(1)).tolist())
+    return alpha * integral / gaps.prod(1)

@@ -4,14 +4,24 @@
 give different grids in different Diffusers classes, so each scheduler class names its twin's ``Convention``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from .process import Process
-from .spacing import AYS, OWN_SPACINGS, ays_sigmas, beta_sigmas, exponential_sigmas, karras_sigmas, quadratic_timesteps
+from .spacing import (
+    AYS,
+    ays_sigmas,
+    beta_sigmas,
+    exponential_sigmas,
+    karras_sigmas,
+    logsnr_sigmas,
+    polyexponential_sigmas,
+    quadratic_timesteps,
+)
 
 # Diffusers' words for noise levels that replace those of the spaced times, between the same ends.
 FILLS = {
@@ -20,6 +30,10 @@ FILLS = {
     "use_beta_sigmas": beta_sigmas,
     "use_lu_lambdas": exponential_sigmas,  # even in lam is even in log sigma
 }
+# Values of ``spacing``, which Diffusers lacks: the same with parameters, then those of models with betas.
+OWN_FILLS = {"polyexponential": polyexponential_sigmas, "beta": beta_sigmas, "logsnr": exponential_sigmas}
+PARAMETERS = {"spacing_rho": ("polyexponential", "rho"), "spacing_alpha": ("beta", "a"), "spacing_beta": ("beta", "b")}
+OWN_SPACINGS = (*OWN_FILLS, "quadratic", *AYS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,11 @@ def make_grid(
             strictly or leaves its range, a grid word nobody here knows, or dynamic shifting without ``mu``.
     """
     _refuse_unknown_words(config)
+    if config["shift"] != 1 and process.frame != "flow":
+        raise ValueError(
+            f"shift={config['shift']} is for flow models, where pure noise stays pure noise; noise levels of a model with betas would "
+            "leave the range of its training: set sigma_max, or spacing='beta' with spacing_alpha and spacing_beta"
+        )
     if timesteps is not None and sigmas is not None:
         raise ValueError("timesteps and sigmas were both given; pass one of them")
     given = timesteps if timesteps is not None else sigmas
@@ -147,7 +166,7 @@ def _spaced(process: Process, convention: Convention, config: Mapping[str, Any],
         t = _fed(process, convention, config, sigmas)
     elif fill:
         ends = (table[-1], table[0]) if convention.karras_between == "table" else (sigmas[0], sigmas[-1])
-        sigmas = _between(fill, *ends, steps, config)
+        sigmas = _between(_levels(fill, config), *ends, steps, config)
         t = _fed(process, convention, config, sigmas)
     elif _continuous(config):
         t = _fed(process, convention, config, sigmas)
@@ -156,7 +175,7 @@ def _spaced(process: Process, convention: Convention, config: Mapping[str, Any],
 
 def _from_timesteps(process: Process, convention: Convention, config: Mapping[str, Any], t: np.ndarray) -> Grid:
     if (fill := _fill(config)) or config.get("spacing") or _continuous(config):
-        word = f"{fill}=True" if fill else f"spacing={config['spacing']!r}" if config.get("spacing") else "timestep_type='continuous'"
+        word = f"spacing={config['spacing']!r}" if config.get("spacing") else f"{fill}=True" if fill else "timestep_type='continuous'"
         raise ValueError(f"timesteps cannot be combined with {word}; pass sigmas")
     t = _checked(t, "timesteps", at_least=1)
     top = process.num_train_timesteps - (process.frame != "flow")
@@ -169,9 +188,12 @@ def _from_timesteps(process: Process, convention: Convention, config: Mapping[st
 def _flow(process: Process, config: Mapping[str, Any], steps: int | None, sigmas: Sequence[float] | None, mu: float | None) -> Grid:
     """The grid of FlowMatchEulerDiscreteScheduler, its second shift of an already shifted default range included."""
     shift, dynamic, fill = _flow_shift(config), config["use_dynamic_shifting"], _fill(config)
-    if fill == "use_lu_lambdas" or config.get("spacing"):
+    if fill == "use_lu_lambdas" or config.get("spacing") not in (None, *OWN_FILLS):
         word = f"spacing={config['spacing']!r}" if config.get("spacing") else f"{fill}=True"
-        raise ValueError(f"{word} is for models with betas; flow models have use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas")
+        raise ValueError(
+            f"{word} is for models with betas; flow models have use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas and "
+            f"spacing={', '.join(OWN_FILLS)}"
+        )
     if dynamic and mu is None:
         raise ValueError("use_dynamic_shifting=True needs mu; flow pipelines compute it from the picture's size")
     if sigmas is None:
@@ -188,8 +210,10 @@ def _flow(process: Process, config: Mapping[str, Any], steps: int | None, sigmas
     values = shift_sigmas(values, shift)
     if config["shift_terminal"]:
         values = 1 - (1 - values) * (1 - config["shift_terminal"]) / (1 - values[-1])
-    if fill:
-        values = _between(fill, values[0], values[-1], len(values), config)
+    if fill == "logsnr":  # pure noise has lam = -inf: the highest level is that of the last train time below it
+        values = _between(logsnr_sigmas, min(values[0], 1 - 1 / process.num_train_timesteps), values[-1], len(values), config)
+    elif fill:
+        values = _between(_levels(fill, config), values[0], values[-1], len(values), config)
     return Grid(process.t_at(values), np.append(values, 0.0))
 
 
@@ -202,20 +226,27 @@ def _flow_shift(config: Mapping[str, Any]) -> float:
 
 
 def _fill(config: Mapping[str, Any]) -> str | None:
-    """The one word of ``FILLS`` that is on, if any."""
+    """The one word that is on and fills a range with levels, Diffusers' or ours, if any."""
     told = [word for word in FILLS if config[word]]
     if len(told) > 1:
         raise ValueError(f"{' and '.join(told)} are both on; set one of them")
     if told and config.get("spacing"):
         raise ValueError(f"spacing={config['spacing']!r} contradicts {told[0]}=True; set one of them")
-    return told[0] if told else None
+    own = config.get("spacing")
+    return told[0] if told else own if own in OWN_FILLS else None
 
 
-def _between(fill: str, high: float, low: float, steps: int, config: Mapping[str, Any]) -> np.ndarray:
+def _levels(fill: str, config: Mapping[str, Any]) -> Callable[..., np.ndarray]:
+    """The formula of a word that fills a range, its parameters set."""
+    given = {name: config[option] for option, (_, name) in PARAMETERS.items() if config.get(option) is not None}
+    return partial({**FILLS, **OWN_FILLS}[fill], **given)
+
+
+def _between(levels: Callable[..., np.ndarray], high: float, low: float, steps: int, config: Mapping[str, Any]) -> np.ndarray:
     """Sigmas between the config's ``sigma_max`` and ``sigma_min``, or else between the ends of the grid they replace."""
     high = high if config["sigma_max"] is None else config["sigma_max"]
     low = low if config["sigma_min"] is None else config["sigma_min"]
-    return FILLS[fill](steps, sigma_min=low, sigma_max=high) if steps > 1 else np.array([float(high)])
+    return levels(steps, sigma_min=low, sigma_max=high) if steps > 1 else np.array([float(high)])
 
 
 def _fed(process: Process, convention: Convention, config: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
@@ -255,5 +286,8 @@ def _refuse_unknown_words(config: Mapping[str, Any]) -> None:
         raise ValueError("invert_sigmas=True is not supported; timestep_spacing, timesteps and sigmas are")
     if config.get("spacing") not in (None, *OWN_SPACINGS):
         raise ValueError(f"spacing={config['spacing']!r} is not one of {', '.join(OWN_SPACINGS)}; timestep_spacing knows Diffusers' own")
+    for option, (reader, _) in PARAMETERS.items():
+        if config.get(option) is not None and config.get("spacing") != reader:
+            raise ValueError(f"{option}={config[option]} has no effect without spacing={reader!r}; set both or neither")
     if config["interpolation_type"] != "linear":
         raise ValueError(f"interpolation_type={config['interpolation_type']!r} is not supported; only linear is")

@@ -1,7 +1,7 @@
 """Exponential multistep solvers that look back at earlier predictions: DPM-Solver and DPM-Solver++ of orders 1 to 3, ODE and SDE."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def dpmpp(
         keep = sigma[i + 1] / sigma[i] * (math.exp(-eta * h) if eta else 1.0)  # h may be infinite
         noise = sigma[i + 1] * math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0
         integrals = psi_1, psi_2, psi_3 - eta if stock_third_order else psi_3
-        weights = alpha[i + 1] * _polynomial(lam, i, order, integrals, solver_type, stock_third_order)
+        weights = alpha[i + 1] * polynomial_weights(lam[i::-1][:order], lam[i + 1], integrals, solver_type, stock_third_order)
         rows.append(Row((keep, *weights.tolist()), noise=noise))
     return rows
 
@@ -99,7 +99,7 @@ def dpm(
             rows.append(Row((s1 / s0, a1 - s1 / s0 * a0)))
             continue
         h = lam[i + 1] - lam[i]
-        weights = rate * s1 * _polynomial(lam, i, order, psi(-h), solver_type, stock_third_order)
+        weights = rate * s1 * polynomial_weights(lam[i::-1][:order], lam[i + 1], psi(-h), solver_type, stock_third_order)
         noise = s1 * math.sqrt(math.expm1(2 * h)) if stochastic else 0.0
         rows.append(Row((a1 / a0, *weights.tolist()), noise=noise, kept=(1 / s0, -a0 / s0)))
     return rows
@@ -128,23 +128,24 @@ def _check(i: int, order: int, solver_type: str) -> None:
         raise ValueError(f"order {order} of interval {i} must lie between 1 and {min(3, i + 1)}")
 
 
-def _polynomial(
-    lam: np.ndarray, i: int, order: int, integrals: tuple[float, float, float], solver_type: str, stock_third_order: bool
+def polynomial_weights(
+    nodes: np.ndarray, end: float, integrals: tuple[float, float, float], solver_type: str, stock_third_order: bool = False
 ) -> np.ndarray:
-    """(order,) weights of the predictions, newest first, in the integral over interval i of the polynomial through them.
+    """(order,) weights of predictions at ``nodes`` in the integral, from the first node to ``end``, of the polynomial through them.
 
     Args:
-        integrals: of the newest prediction, of its slope times h and of its second derivative times h^2.
+        nodes: (order,) lam, on either side of the first.
+        integrals: of the first prediction, of the slope there times h and of the second derivative times h^2; h is the step.
     """
-    h = lam[i + 1] - lam[i]
+    order, h = len(nodes), end - nodes[0]
     psi_1, psi_2, psi_3 = integrals
-    # Weights of m0, m1, m2 in: the newest prediction, its slope times h, its second derivative times h^2.
+    # Weights of m0, m1, m2 in: the first prediction, its slope times h, its second derivative times h^2.
     now, slope, bend = np.array([1.0, 0, 0]), np.zeros(3), np.zeros(3)
     if order >= 2:
-        r0 = (lam[i] - lam[i - 1]) / h if h > 0 else math.inf
+        r0 = (nodes[0] - nodes[1]) / h if h > 0 else math.inf
         slope = first = np.array([1, -1, 0]) / r0
     if order == 3:
-        r1 = (lam[i - 1] - lam[i - 2]) / h if h > 0 else math.inf
+        r1 = (nodes[1] - nodes[2]) / h if h > 0 else math.inf
         second = np.array([0, 1, -1]) / r1
         slope = first + (first - second) * (1 / (1 + r1 / r0) if math.isfinite(r0) else 0.0)
         bend = 2 * (first - second) / (r0 + r1)
@@ -153,6 +154,11 @@ def _polynomial(
     if order == 3 and stock_third_order:
         bend = bend / 2
     return (psi_1 * now + psi_2 * slope + psi_3 * bend)[:order]
+
+
+def solver_type_of(config: Mapping[str, Any]) -> str:
+    """The solver_type that is meant: ``from_config`` may bring another class's word, which Diffusers reads as midpoint too."""
+    return "midpoint" if config["solver_type"] in ("logrho", "bh1", "bh2") else config["solver_type"]
 
 
 def psi(h: float) -> tuple[float, float, float]:
@@ -200,9 +206,7 @@ class DPMSolver(
 
     def _method(self) -> tuple[str, str]:
         """The algorithm_type and solver_type that are meant."""
-        # from_config may bring another class's word, which the twin reads as midpoint too.
-        solver_type = self.config.solver_type
-        return self.config.algorithm_type, "midpoint" if solver_type in ("logrho", "bh1", "bh2") else solver_type
+        return self.config.algorithm_type, solver_type_of(self.config)
 
     def make_table(self, alpha: np.ndarray, sigma: np.ndarray, begin: int) -> Table:
         config, calls = self.config, len(sigma) - 1

@@ -22,7 +22,9 @@ COMMON: dict[str, Any] = dict(
     base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
 )  # fmt: skip
 # Options only diffx has. They enter a config only where given, so that stock classes read our configs without a warning.
-OWN: dict[str, Any] = dict(seed=None, check_finite=False, track_error=False, spacing=None)
+OWN: dict[str, Any] = dict(
+    seed=None, check_finite=False, track_error=False, spacing=None, spacing_rho=None, spacing_alpha=None, spacing_beta=None
+)
 
 
 class Configured(SchedulerMixin, ConfigMixin):

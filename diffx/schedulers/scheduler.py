@@ -45,8 +45,11 @@ class TableScheduler(Configured):
     Options besides Diffusers' own:
         seed: whole number, or one per sample, that keys the noise of stochastic solvers in pipelines that hand no generator to
             ``step``. Without it the key is a checksum of each sample's first latent, hence of ``pipe(generator=...)``.
-        spacing: a grid that Diffusers lacks, instead of ``timestep_spacing``: "quadratic", or "ays_sd", "ays_sdxl", "ays_svd" (the
-            schedules of Align Your Steps, for any number of steps).
+        spacing: a grid that Diffusers lacks, instead of ``timestep_spacing``. For models with betas "quadratic", or "ays_sd",
+            "ays_sdxl", "ays_svd" (the schedules of Align Your Steps, for any number of steps); for all models "polyexponential",
+            "beta" or "logsnr" (even in the log of alpha / sigma), between the ends that ``use_karras_sigmas`` would have.
+        spacing_rho: the power of "polyexponential", by default 1, which is exponential; more puts more steps at low noise.
+        spacing_alpha, spacing_beta: the shapes of "beta", by default 0.6 like those of Diffusers' ``use_beta_sigmas``; at most 10.
         track_error: estimate the error of every step from the predictions at hand, see ``errors`` (keeps up to four of them).
         check_finite: raise at the first network output that holds NaN or infinity (reads the device at every step).
     """

@@ -9,7 +9,20 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from diffx.schedulers import DDIM, DDPM, DEIS, LCM, LMS, DPMSolver, Euler, EulerAncestral, Heun, TableScheduler, UniPC
+from diffx.schedulers import (
+    DDIM,
+    DDPM,
+    DEIS,
+    LCM,
+    LMS,
+    DPMSolver,
+    DPMSolverSinglestep,
+    Euler,
+    EulerAncestral,
+    Heun,
+    TableScheduler,
+    UniPC,
+)
 from diffx.schedulers.process import is_flow
 
 from . import pipelines as tiny
@@ -76,19 +89,20 @@ CASES = (
     Case(
         "LatentConsistencyModelPipeline",
         tiny.tiny_latent_consistency,
-        dict.fromkeys((DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, UniPC, DEIS, LMS), _DISTILLED),
+        dict.fromkeys((DDIM, DDPM, Euler, EulerAncestral, Heun, DPMSolver, DPMSolverSinglestep, UniPC, DEIS, LMS), _DISTILLED),
     ),
     Case("AudioLDM2Pipeline", tiny.tiny_audioldm2),
     Case("StableVideoDiffusionPipeline", tiny.tiny_svd, {LCM: "use_karras_sigmas=True does not fit LCM"}),
     Case(
         "StableDiffusionLatentUpscalePipeline",
         tiny.tiny_latent_upscale,
-        dict.fromkeys((DDIM, DDPM, DPMSolver, UniPC, DEIS, LCM), _UNITS),
+        dict.fromkeys((DDIM, DDPM, DPMSolver, DPMSolverSinglestep, UniPC, DEIS, LCM), _UNITS),
     ),
 )
 
 _DPM, _UNIPC = diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler
 _DEIS = diffusers.DEISMultistepScheduler
+_SINGLE = diffusers.DPMSolverSinglestepScheduler
 _SDE = dict(algorithm_type="sde-dpmsolver++")
 SOLVERS = (
     Solver("DDIM", DDIM, diffusers.DDIMScheduler, None),
@@ -100,6 +114,8 @@ SOLVERS = (
     Solver("DPMSolver, order 3", DPMSolver, _DPM, _DPM, dict(solver_order=3)),
     Solver("DPMSolver, SDE", DPMSolver, _DPM, _DPM, _SDE),
     Solver("DPMSolver, SDE, order 3", DPMSolver, _DPM, _DPM, _SDE | dict(solver_order=3)),
+    Solver("DPMSolverSinglestep", DPMSolverSinglestep, _SINGLE, _SINGLE),
+    Solver("DPMSolverSinglestep, order 3", DPMSolverSinglestep, _SINGLE, _SINGLE, dict(solver_order=3)),
     Solver("UniPC", UniPC, _UNIPC, _UNIPC),
     Solver("UniPC, order 3", UniPC, _UNIPC, _UNIPC, dict(solver_order=3)),
     Solver("DEIS", DEIS, _DEIS, _DEIS),

@@ -27,6 +27,7 @@ from .pictures import picture_size
 from .run import Metric, Run
 
 SECTIONS = {"train": TrainConfig, "data": DataConfig}
+RENDERINGS = 3  # of each glyph of the embedded model
 HERE = ("cache",)  # options that say where something lies, not what it is
 
 
@@ -77,7 +78,8 @@ def distill(
     Args:
         teacher: a pipeline, its folder or its Hub id; None is the embedded model. A LoRA student's adapters are put into its network.
         method: of ``diffx.objectives``, such as ``Progressive(start=32, end=4)`` or ``LCM()``.
-        data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples; see ``DataConfig``.
+        data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples, and the embedded model
+            has its own pictures; see ``DataConfig``.
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
             the rank, ``lora_targets`` ends of the names of their layers (None: the family's).
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
@@ -120,7 +122,7 @@ def train(
     Args:
         objective: None is ``Diffusion()``.
     """
-    if data is None:
+    if data is None and model not in (None, "emoji"):
         raise ValueError("data is missing: a folder of pictures, a data set, or a list of dicts with image and text")
     lora = make_lora(lora_rank, lora_alpha, lora_targets)
     return _run(model, objective or Diffusion(), data, lora, metric, sample_prompts, output, device, report_to, progress, options)
@@ -186,7 +188,10 @@ def _run(
     family = family_of(pipe)
     described = describe(family, objective, lora, data, sections)
     size = picture_size(family, sections["data"].resolution)
-    examples: Examples = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=progress)
+    shown = progress and accelerator.is_main_process
+    if data is None and model in (None, "emoji"):
+        data = embedded_pictures()
+    examples: Examples = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
     nets = Networks(family, objective, lora, size=size)
     training = Training(nets, examples, config, accelerator)
     if report_to:
@@ -202,6 +207,13 @@ def _run(
         trained.save_pretrained(folder / "model")
     accelerator.wait_for_everyone()
     return trained
+
+
+def embedded_pictures() -> list[dict[str, Any]]:
+    """What the embedded model was trained on, each glyph in a few renderings: what it is trained further on where no data is given."""
+    from .. import glyphs
+
+    return [{"image": made.image(), "text": made.caption()} for made in glyphs.training_renderings(RENDERINGS, seed=0)]
 
 
 def fuse_loras(pipe: Any) -> None:

@@ -77,7 +77,9 @@ def is_valid(path: Path) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
-            raise ValueError(f"{path} has checkpoint format {manifest['format']}, and this diffx knows {FORMAT}; update diffx to go on with it")
+            raise ValueError(
+                f"{path} has checkpoint format {manifest['format']}, and this diffx knows {FORMAT}; update diffx to go on with it"
+            )
         return all(
             (path / name).stat().st_size == file["bytes"] and _sha256(path / name) == file["sha256"]
             for name, file in manifest["files"].items()

@@ -34,8 +34,8 @@ class DataConfig:
     caption_column: str = "text"
     label_column: str = "label"
     num_generated: int | None = None  # samples that the model makes where the data has no pictures; None is one a prompt, at least 1024
-    num_inference_steps: int = 50  # of each of them, with the model's own scheduler
-    guidance_scale: float | None = None  # of each of them; 1 is off, None is 3 where the model can be guided
+    generation_steps: int = 50  # network calls of each of them, with the model's own scheduler
+    generation_guidance_scale: float | None = None  # of each of them; 1 is off, None is 3 where the model can be guided
     seed: int = 0  # of cuts and of generated samples
     cache: str | Path | None = None  # folder; None is $XDG_CACHE_HOME/diffx/data or ~/.cache/diffx/data
 
@@ -43,11 +43,11 @@ class DataConfig:
         sides = (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
         if sides is not None and not (len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)):
             raise ValueError(f"resolution={self.resolution!r} must be a positive number of pixels, or (height, width)")
-        for name in ("num_crops", "num_generated", "num_inference_steps"):
+        for name in ("num_crops", "num_generated", "generation_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale={self.guidance_scale} is not a finite number; 1 switches guidance off")
+        if self.generation_guidance_scale is not None and not np.isfinite(self.generation_guidance_scale):
+            raise ValueError(f"generation_guidance_scale={self.generation_guidance_scale} is not a finite number; 1 switches guidance off")
         different = 2 if self.random_flip else 1
         if self.center_crop and self.num_crops > different:
             raise ValueError(

@@ -45,9 +45,11 @@ class Generated:
             raise ValueError(f"num_generated={num} is less than the {len(words)} prompts; leave some out, or make one sample of each")
         if config.aspect_buckets or config.num_crops > 1 or config.random_flip:
             raise ValueError("aspect_buckets, num_crops and random_flip are for pictures; the samples that a model makes have one size")
-        if not family.guidable and config.guidance_scale not in (None, 1):
-            raise ValueError(f"guidance_scale={config.guidance_scale}, but {type(family.base).__name__} cannot be guided; leave it out")
-        self.scale = (3.0 if family.guidable else 1.0) if config.guidance_scale is None else config.guidance_scale
+        if not family.guidable and config.generation_guidance_scale not in (None, 1):
+            raise ValueError(
+                f"generation_guidance_scale={config.generation_guidance_scale}, but {type(family.base).__name__} cannot be guided; leave it out"
+            )
+        self.scale = (3.0 if family.guidable else 1.0) if config.generation_guidance_scale is None else config.generation_guidance_scale
         self.rows = [Wanted(words[i % len(words)], i // len(words)) for i in range(num)]
 
     def describe(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Generated:
         public = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
         return {
             "generated": self.size, "rows": hash_of(tuple(row) for row in self.rows), "seed": self.config.seed,
-            "steps": self.config.num_inference_steps, "guidance_scale": self.scale, "scheduler": [type(scheduler).__name__, public],
+            "steps": self.config.generation_steps, "guidance_scale": self.scale, "scheduler": [type(scheduler).__name__, public],
             **made_by(self.family, (*TEXT_ENCODERS, self.family.network)),
         }  # fmt: skip
 
@@ -79,7 +81,7 @@ class Generated:
         with lent(pipe), _last_of(pipe.scheduler) as last:
             if told:
                 options = {told: words, "generator": generators, "output_type": "latent", "height": self.size[0], "width": self.size[1]}
-                options |= self.family.call_kwargs(self.config.num_inference_steps, self.scale)
+                options |= self.family.call_kwargs(self.config.generation_steps, self.scale)
                 if isinstance(negative := options.get("negative_prompt"), str):
                     options["negative_prompt"] = [negative] * len(rows)  # pipelines want one per prompt
                 pipe(**{name: value for name, value in options.items() if name in takes})
@@ -94,7 +96,7 @@ class Generated:
         labels = torch.tensor(words, device=network.device) if self.prompts.labels else None
         condition = family.encode_condition(None, labels, size=self.size)
         noise = torch.stack([torch.randn(family.sample_shape(self.size), generator=generator) for generator in generators])
-        scheduler.set_timesteps(self.config.num_inference_steps)
+        scheduler.set_timesteps(self.config.generation_steps)
         options: dict[str, Any] = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         x = noise.to(network.device, network.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching Euler has neither
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)

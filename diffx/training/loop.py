@@ -234,4 +234,3 @@ class Training:
                 if moments or numbers:
                     saved[i] = numbers | moments | like_weight
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
-

@@ -71,13 +71,15 @@ class Run:
                 bar.update()
                 bar.set_postfix({role: f"{loss:.4g}" for role, loss in now.losses.items()} | {"lr": f"{now.lr:.2g}"})
                 last = now.step == config.train_steps
-                if config.evaluate_every and not now.step % config.evaluate_every or last:
+                if (config.evaluate_every and not now.step % config.evaluate_every) or last:
                     self._evaluate(now.step)
                 asked = self._anyone(stop.is_set())
                 if asked or last or not now.step % config.save_every:
                     self._save()
                 if asked and not last:
-                    raise Stopped(f"stopped after step {now.step} of {config.train_steps}, which is saved; the same call goes on from there")
+                    raise Stopped(
+                        f"stopped after step {now.step} of {config.train_steps}, which is saved; the same call goes on from there"
+                    )
         return self._finish()
 
     # --- the folder -------------------------------------------------------------------------------------------------
