@@ -157,9 +157,9 @@ def report() -> str:
         "# Students of the embedded model",
         "",
         f"`python benchmarks/distillation.py`: {COUNT} prompts that the teacher was trained on, seed {SEED}, guidance {GUIDANCE:g} in the "
-        f"teacher. Floors, real against real: FD {base[distance]['floor']:.3f}, R-precision@1 {base['R-precision@1']['floor']:.3f}. PSNR is to the "
-        "teacher's 50-call pictures from the same noise. *Pairs* says whether every call is a guided pair, twice the cost. Minutes are of "
-        "one CPU thread for training and caching, without those of the student that teaches.",
+        f"teacher. Floors, real against real: FD {base[distance]['floor']:.3f}, R-precision@1 {base['R-precision@1']['floor']:.3f}. PSNR "
+        "is to the teacher's 50-call pictures from the same noise. *Pairs* says whether every call is a guided pair, twice the cost. "
+        "Minutes are of one CPU thread for training and caching, without those of the student that teaches.",
         "",
         "| model | calls | pairs | FD | times the teacher's | R-precision@1 | PSNR, dB | ms a picture | updates of 48 | minutes |",
         "|:---|---:|:---|" + "---:|" * 7,
@@ -191,8 +191,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["teachers", *STUDENTS, "report"])
     for name in parser.parse_args().parts:
         if name == "report":
-            text = report()
-            write_atomically(FOLDER / "report.md", lambda out: out.write(text.encode()))
+            text = report().encode()
+            write_atomically(FOLDER / "report.md", lambda out, text=text: out.write(text))
         elif name == "teachers":
             goal = teacher_pictures()
             for calls in (16, 8, 4, 2, 1):

@@ -22,7 +22,7 @@ TEACHER, STUDENT, TARGET = "teacher", "student", "target"
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters: ``rank`` of each, ``alpha`` the factor times rank (None: the rank), ``targets`` layer-name ends (None: the family's).
+    """Low-rank adapters: ``alpha`` (None: the rank) is the factor times the rank, ``targets`` (None: the family's) ends of layer names.
 
     Source: Hu et al. 2021 (arXiv:2106.09685) eq. 3.
     """
