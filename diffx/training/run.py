@@ -141,18 +141,18 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """A sample sheet, and the metric where there is one; a checkpoint that is the best so far is kept."""
-        if self.main:
+        if self.main or self.training.nets.in_parts:
             pipe, call_kwargs = self.training.result()
+            drawn = sheet(pictures(pipe, call_kwargs, self.prompts))
+            found = float(self.metric(pipe, call_kwargs)) if self.metric else math.nan
+        if self.main:
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
-            drawn = sheet(pictures(pipe, call_kwargs, self.prompts))
             write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
             if self.metric:
-                found = float(self.metric(pipe, call_kwargs))
-                found = found if math.isfinite(found) else None  # as JSON says it
-                self.measured[step] = found
-                self._write({"step": step, "metric": found})
-                self.training.accelerator.log({"metric": math.nan if found is None else found}, step=step)
+                self.measured[step] = found if math.isfinite(found) else None  # as JSON says it
+                self._write({"step": step, "metric": self.measured[step]})
+                self.training.accelerator.log({"metric": found}, step=step)
         if self.metric:
             self._save()
             if self.main:
