@@ -83,7 +83,7 @@ def distill(
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
             the rank, ``lora_targets`` ends of the names of their layers (None: the family's).
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
-            the best checkpoint is the result.
+            the best checkpoint is the result. One process measures; all do where weights lie in parts on several.
         sample_prompts: of the sample sheets.
         report_to: accelerate's trackers, such as "tensorboard", "wandb" or "trackio", beside log.jsonl.
         options: every field of ``TrainConfig`` and ``DataConfig``.
@@ -197,6 +197,7 @@ def _run(
     if report_to:
         accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
     report = Run(training, folder, described, metric, prompts, progress).go()
+    nets.gather()
     if report_to:
         accelerator.end_training()
     for role, network in nets.modules.items():

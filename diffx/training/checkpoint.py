@@ -31,6 +31,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     goal = folder / name_of(step)
     if is_valid(goal):
+        point(folder, "latest", goal)  # which a crash may have prevented
         return goal  # a step has one state, and this one is on disk
     scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
@@ -44,9 +45,12 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             shutil.rmtree(goal)
         os.replace(scratch, goal)
         _to_disk(folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written to {folder} ({error}); the ones before it are still there"
+        ) from error
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
     point(folder, "latest", goal)
     return goal
 
@@ -76,16 +80,15 @@ def is_valid(path: Path) -> bool:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] > FORMAT:
-            raise ValueError(
-                f"{path} has checkpoint format {manifest['format']}, and this diffx knows {FORMAT}; update diffx to go on with it"
-            )
-        return all(
-            (path / name).stat().st_size == file["bytes"] and _sha256(path / name) == file["sha256"]
-            for name, file in manifest["files"].items()
+        version, files = int(manifest["format"]), dict(manifest["files"])
+        whole = {WEIGHTS, STATE} <= files.keys() and all(
+            (path / name).stat().st_size == file["bytes"] and _sha256(path / name) == file["sha256"] for name, file in files.items()
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError):
+    except (OSError, KeyError, TypeError, ValueError):  # the last is that of text and JSON
         return False
+    if version > FORMAT:
+        raise ValueError(f"{path} has checkpoint format {version}, and this diffx knows {FORMAT}; update diffx to go on with it")
+    return whole
 
 
 def point(folder: Path, name: str, goal: Path) -> None:
@@ -95,16 +98,13 @@ def point(folder: Path, name: str, goal: Path) -> None:
 
 def pointed(folder: Path, name: str) -> Path | None:
     """The valid checkpoint that ``folder/name`` names; None where it names none."""
-    try:
-        goal = folder / (folder / name).read_text().strip()
-    except OSError:
-        return None
-    return goal if goal.name.startswith("step-") and is_valid(goal) else None
+    goal = _named(folder, name)
+    return goal if goal and is_valid(goal) else None
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints and those that "latest" and "best" name, and what crashed writes left."""
-    named = {pointed(folder, "latest"), pointed(folder, "best")}
+    named = {_named(folder, "latest"), _named(folder, "best")}
     for path in sorted(folder.glob("step-*"))[:-keep]:
         if path not in named:
             shutil.rmtree(path)
@@ -115,6 +115,15 @@ def prune(folder: Path, keep: int) -> None:
 def name_of(step: int) -> str:
     """Of a checkpoint's folder; names sort like steps."""
     return f"step-{step:08d}"
+
+
+def _named(folder: Path, name: str) -> Path | None:
+    """What ``folder/name`` names, be it there or not."""
+    try:
+        goal = folder / (folder / name).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return goal if goal.name.startswith("step-") else None
 
 
 def _sha256(file: Path) -> str:

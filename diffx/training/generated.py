@@ -47,7 +47,8 @@ class Generated:
             raise ValueError("aspect_buckets, num_crops and random_flip are for pictures; the samples that a model makes have one size")
         if not family.guidable and config.generation_guidance_scale not in (None, 1):
             raise ValueError(
-                f"generation_guidance_scale={config.generation_guidance_scale}, but {type(family.base).__name__} cannot be guided; leave it out"
+                f"generation_guidance_scale={config.generation_guidance_scale}, but {type(family.base).__name__} cannot be guided; "
+                "leave it out"
             )
         self.scale = (3.0 if family.guidable else 1.0) if config.generation_guidance_scale is None else config.generation_guidance_scale
         self.rows = [Wanted(words[i % len(words)], i // len(words)) for i in range(num)]

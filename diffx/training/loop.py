@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from ..families import Condition
@@ -71,8 +71,9 @@ class Training:
         self.step = 0
         self.stage_length = config.train_steps // self.objective.stages
         if config.gradient_checkpointing:
-            for network in set(nets.modules.values()):
-                network.enable_gradient_checkpointing()
+            for network in dict.fromkeys(nets.modules.values()):
+                as_model: Any = network
+                as_model.enable_gradient_checkpointing()
         self.optimizers = self._place()
 
     def _place(self) -> dict[str, Any]:
@@ -81,8 +82,10 @@ class Training:
         nets.null = nets.null and {name: value.to(accelerator.device) for name, value in nets.null.items()}
         placed: dict[int, Any] = {}
         optimizers: dict[str, Any] = {}
-        for network in set(nets.modules.values()):
+        for network in dict.fromkeys(nets.modules.values()):  # in the same order on every process
             roles = [role for role in self.objective.trains if nets.modules[role] is network]
+            if len(roles) > 1:  # a step may leave some of the network's weights alone, which DDP else takes for an error
+                accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
             if roles:  # together: sharding replaces the weights that an optimizer holds
                 placed[id(network)], *prepared = accelerator.prepare(network, *(self._make_optimizer(role) for role in roles))
                 optimizers |= dict(zip(roles, prepared))
@@ -117,17 +120,20 @@ class Training:
         """Train from where it stands to the end, yielding after every optimizer step.
 
         Raises:
-            FloatingPointError: a loss that is not finite; the step is not taken.
+            FloatingPointError: a loss or a gradient that is not finite; the step is not taken.
         """
         while self.step < self.config.train_steps:
             start = time.perf_counter()
             stage, inside = divmod(self.step, self.stage_length)
             if stage and not inside:
                 self.nets.promote()
-                self.optimizers = {role: self.accelerator.prepare_optimizer(self._make_optimizer(role)) for role in self.objective.trains}
+                for optimizer in self.optimizers.values():
+                    optimizer.state.clear()
             lr = self.lr * self.config.lr_factor(inside, self.stage_length)
             losses, logs = self._accumulate(Moment(self.step, stage))
-            norms = {role: self._update(role, lr) for role in losses}
+            norms = {role: self._clip(role) for role in losses}  # all of them, before any weight moves
+            for role in losses:
+                self._update(role, lr)
             if self.objective.ema_decay:
                 self.nets.follow(self.objective.ema_decay)
             self.step += 1
@@ -157,27 +163,40 @@ class Training:
             roles = list(losses)
         means = {name: float(value) for name, value in self._over_processes(sums).items()}
         for role in roles:
-            if not math.isfinite(means[role]):
-                examples = sorted(set(self._examples(now.step, range(self.config.batch_size))))
-                raise FloatingPointError(
-                    f"the {role}'s loss is {means[role]} at step {now.step + 1}, on examples {examples[:16]}; "
-                    "nothing of this step was kept: lower lr, or look at those examples"
-                )
+            self._check(f"the {role}'s loss", means[role])
         return {role: means[role] for role in roles}, {name: value for name, value in means.items() if name not in roles}
 
     def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         stacked: Any = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
         return dict(zip(sums, stacked))
 
-    def _update(self, role: str, lr: float) -> float:
-        optimizer = self.optimizers[role]
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    def _check(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        examples = sorted(set(self._examples(self.step, range(self.config.batch_size))))
+        raise FloatingPointError(
+            f"{what} is {value} at step {self.step + 1}, on examples {examples[:16]}; "
+            "nothing of this step was kept: lower lr, or look at those examples"
+        )
+
+    def _clip(self, role: str) -> float:
+        """The global norm of a role's gradient, which is at most ``grad_clip`` from now on."""
+        weights = [weight for group in self.optimizers[role].param_groups for weight in group["params"]]
         norm = self.accelerator.clip_grad_norm_(weights, self.config.grad_clip)
+        if norm is None:
+            return math.nan  # DeepSpeed clips in its own step
+        if self.accelerator.scaler is None:  # which leaves out steps that are not finite, and tries a smaller scale
+            self._check(f"the {role}'s gradient", float(norm))
+        return float(norm)
+
+    def _update(self, role: str, lr: float) -> None:
+        optimizer = self.optimizers[role]
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(norm) if norm is not None else math.nan
 
     def batch(self, step: int, places: range) -> Batch:
         """What a step sees at those places of its batch."""

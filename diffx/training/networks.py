@@ -22,7 +22,7 @@ TEACHER, STUDENT, TARGET = "teacher", "student", "target"
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters: ``rank`` of each, ``alpha`` the factor times rank (None: the rank), ``targets`` layer-name ends (None: the family's).
+    """Low-rank adapters: ``alpha`` (None: the rank) is the factor times the rank, ``targets`` (None: the family's) ends of layer names.
 
     Source: Hu et al. 2021 (arXiv:2106.09685) eq. 3.
     """
@@ -48,6 +48,7 @@ class Networks:
     def __init__(self, family: Family, objective: Objective, lora: Lora | None, *, size: tuple[int, int]) -> None:
         objective = objective.settled(family, lora is not None)
         self.family, self.objective, self.lora = family, objective, lora
+        self._class: Any = type(family.base)  # sharding gives its networks another
         self.times = Times(family.process)
         self.null = family.null_condition(size=size)
         base = family.base.requires_grad_(False)
@@ -156,6 +157,22 @@ class Networks:
     def exported(self) -> str:
         """The role whose weights are the result."""
         return TARGET if self.objective.ema_decay else STUDENT
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether weights lie in parts on several processes, which must then call a network together."""
+        return any(isinstance(weight, DTensor) for network in self.modules.values() for weight in network.parameters())
+
+    def gather(self) -> None:
+        """Put a whole network in the place of the exported one if that lies in parts; every process calls it."""
+        if not self.in_parts:
+            return
+        network: Any = self.modules[self.exported()]
+        made = self._class.from_config(network.config)
+        if self.lora:
+            add_adapters(made, self.adapters, self.lora, self.family)
+        made.load_state_dict({name: whole(value).cpu() for name, value in network.state_dict().items()}, assign=True)
+        self.modules[self.exported()] = made.eval()
 
     def state(self) -> dict[str, Tensor]:
         """All weights that training changes, by "role/name"."""

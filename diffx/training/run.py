@@ -52,7 +52,7 @@ class Run:
     def __post_init__(self) -> None:
         self.checkpoints = self.folder / "checkpoints"
         self.main = self.training.accelerator.is_main_process
-        self.measured: dict[int, float] = {}
+        self.measured: dict[int, float | None] = {}  # None where the metric was not finite
 
     def go(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one; then the networks hold the result. Returns the report.
@@ -102,26 +102,24 @@ class Run:
         if found is not None:
             self._load(found)
         log = self.folder / "log.jsonl"
-        if self.main and log.exists():  # lines of steps that were lost are taken again
-            kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.training.step]
-            write_atomically(log, lambda out: out.write("".join(f"{line}\n" for line in kept).encode()))
-        for line in log.read_text().splitlines() if log.exists() else ():
-            entry = json.loads(line)
-            if "metric" in entry:
-                self.measured[entry["step"]] = entry["metric"]
+        lines = log.read_text().splitlines() if log.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one
+        kept = [entry for entry in entries if entry["step"] <= self.training.step]  # those of lost steps are taken again
+        self.measured = {entry["step"]: entry["metric"] for entry in kept if "metric" in entry}
+        if self.main and lines:
+            write_atomically(log, lambda out: out.write("".join(f"{json.dumps(entry)}\n" for entry in kept).encode()))
+            self._point_at_best()
 
     def _load(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
         self.training.load_state(tensors, state)
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         tensors, state = self.training.state()  # on every process: each may hold a part
-        path = self.checkpoints / checkpoint.name_of(self.training.step)
         if self.main:
             checkpoint.save(self.checkpoints, self.training.step, tensors, state)
             checkpoint.prune(self.checkpoints, KEPT)
         self.training.accelerator.wait_for_everyone()
-        return path
 
     # --- what is seen -----------------------------------------------------------------------------------------------
 
@@ -143,21 +141,29 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """A sample sheet, and the metric where there is one; a checkpoint that is the best so far is kept."""
-        if self.main:
+        if self.main or self.training.nets.in_parts:
             pipe, call_kwargs = self.training.result()
+            drawn = sheet(pictures(pipe, call_kwargs, self.prompts))
+            found = float(self.metric(pipe, call_kwargs)) if self.metric else math.nan
+        if self.main:
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
-            drawn = sheet(pictures(pipe, call_kwargs, self.prompts))
             write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
             if self.metric:
-                found = float(self.metric(pipe, call_kwargs))
-                self.measured[step] = found if math.isfinite(found) else math.inf
-                self._write({"step": step, "metric": found})
+                self.measured[step] = found if math.isfinite(found) else None  # as JSON says it
+                self._write({"step": step, "metric": self.measured[step]})
                 self.training.accelerator.log({"metric": found}, step=step)
         if self.metric:
-            path = self._save()
-            if self.main and self.measured[step] <= min(self.measured.values()):
-                checkpoint.point(self.checkpoints, "best", path)
+            self._save()
+            if self.main:
+                self._point_at_best()
+
+    def _point_at_best(self) -> None:
+        """Of equally good checkpoints, the later one."""
+        figures = {step: math.inf if value is None else value for step, value in self.measured.items()}
+        if figures:
+            best = min(figures, key=lambda step: (figures[step], -step))
+            checkpoint.point(self.checkpoints, "best", self.checkpoints / checkpoint.name_of(best))
 
     def _anyone(self, asked: bool) -> bool:
         """Whether any process was asked to stop: all save the same step."""
