@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from ..evaluation.report import write_atomically
 from . import checkpoint
 from .loop import Progress, Training
+from .pictures import picture_size
 from .sheet import pictures, sheet
 
 Metric = Callable[[Any, Mapping[str, Any]], float]  # (stock pipeline, call arguments) -> a figure of which less is better
 KEPT = 2  # checkpoints besides the best
+PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
 FREE = ("train.save_every", "train.evaluate_every")  # fields that may differ at a resume: they change no weight
 
 
@@ -147,7 +149,9 @@ class Run:
             pipe, call_kwargs = self.training.result()
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
-            drawn = sheet(pictures(pipe, call_kwargs, self.prompts))
+            height, width = picture_size(self.training.nets.family, None)
+            at_once = max(1, PIXELS_AT_ONCE // (height * width))
+            drawn = sheet(pictures(pipe, call_kwargs, self.prompts, at_once=at_once))
             write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
             if self.metric:
                 found = float(self.metric(pipe, call_kwargs))
