@@ -158,8 +158,8 @@ def report() -> str:
         "",
         f"`python benchmarks/distillation.py`: {COUNT} prompts that the teacher was trained on, seed {SEED}, guidance {GUIDANCE:g} in the "
         f"teacher. Floors, real against real: FD {base[distance]['floor']:.3f}, R-precision@1 {base['R-precision@1']['floor']:.3f}. "
-        "PSNR is to the teacher's 50-call pictures from the same noise. *Pairs* says whether every call is a guided pair, twice the cost. Minutes are of "
-        "one CPU thread for training and caching, without those of the student that teaches.",
+        "PSNR is to the teacher's 50-call pictures from the same noise. *Pairs* says whether every call is a guided pair, twice the "
+        "cost. Minutes are of one CPU thread for training and caching, without those of the student that teaches.",
         "",
         "| model | calls | pairs | FD | times the teacher's | R-precision@1 | PSNR, dB | ms a picture | updates of 48 | minutes |",
         "|:---|---:|:---|" + "---:|" * 7,

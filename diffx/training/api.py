@@ -168,7 +168,7 @@ def describe(family: Family, objective: Objective, lora: Lora | None, data: Any,
     """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares."""
     settings = {section: {k: v for k, v in asdict(config).items() if k not in HERE} for section, config in sections.items()}
     method = {"name": type(objective).__name__, **asdict(objective)}
-    told = data if isinstance(data, str | list | tuple | None) else str(data) if isinstance(data, Path) else type(data).__name__
+    told = str(data) if isinstance(data, str | Path) else None if data is None else type(data).__name__
     model = {"pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
     return {"model": model, "method": method, "lora": asdict(lora) if lora else None, "source": told, **settings}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 
 from ..families import Condition
@@ -18,6 +18,7 @@ from ..objectives.objective import Batch, Moment, Objective
 from .config import TrainConfig
 from .draws import Draws, batch_order, hashed
 from .networks import Networks, placed_like, whole
+from .summed import summed
 
 
 class Examples(Protocol):
@@ -68,6 +69,9 @@ class Training:
             )
         if config.train_steps % self.objective.stages:
             raise ValueError(f"train_steps={config.train_steps} does not divide into the method's {self.objective.stages} stages")
+        # Not where weights lie in parts, which only their own layers put together.
+        in_parts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        self.sums = nets.lora is not None and accelerator.mixed_precision == "no" and not in_parts
         self.step = 0
         self.stage_length = config.train_steps // self.objective.stages
         if config.gradient_checkpointing:
@@ -149,6 +153,8 @@ class Training:
             torch.manual_seed(hashed(self.config.seed, now.step, places[0]) >> 1)  # of what a network itself may draw
             batch = self.batch(now.step, places)
             with contextlib.ExitStack() as stack:
+                if self.sums:
+                    stack.enter_context(summed(set(self.nets.modules.values())))
                 if part < parts - 1:  # gradients meet the other processes' with the last part
                     for network in set(self.nets.wrapped.values()):
                         stack.enter_context(self.accelerator.no_sync(network))

@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from ..evaluation.report import write_atomically
 from . import checkpoint
 from .loop import Progress, Training
+from .pictures import picture_size
 from .sheet import pictures, sheet
 
 Metric = Callable[[Any, Mapping[str, Any]], float]  # (stock pipeline, call arguments) -> a figure of which less is better
 KEPT = 2  # checkpoints besides the best
+PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
 FREE = ("train.save_every", "train.evaluate_every")  # fields that may differ at a resume: they change no weight
 
 
@@ -143,7 +145,9 @@ class Run:
         """A sample sheet, and the metric where there is one; a checkpoint that is the best so far is kept."""
         if self.main or self.training.nets.in_parts:
             pipe, call_kwargs = self.training.result()
-            drawn = sheet(pictures(pipe, call_kwargs, self.prompts))
+            height, width = picture_size(self.training.nets.family, None)
+            at_once = max(1, PIXELS_AT_ONCE // (height * width))
+            drawn = sheet(pictures(pipe, call_kwargs, self.prompts, at_once=at_once))
             found = float(self.metric(pipe, call_kwargs)) if self.metric else math.nan
         if self.main:
             folder = self.folder / "samples"

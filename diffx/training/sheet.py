@@ -14,21 +14,29 @@ LABELS = 8  # classes shown of a model that is told one
 MOST = 1024  # pixels of a sheet's longer side
 
 
-def pictures(pipe: Any, call_kwargs: Mapping[str, Any], prompts: Sequence[str] | None, *, count: int = 8, seed: int = 0) -> np.ndarray:
+def pictures(
+    pipe: Any, call_kwargs: Mapping[str, Any], prompts: Sequence[str] | None, *, count: int = 8, at_once: int = 8, seed: int = 0
+) -> np.ndarray:
     """(count, H, W, C) pictures in [0, 1] from ``pipe(..., **call_kwargs)``; picture i is drawn from ``seed + i``.
 
     Args:
         prompts: told in turn, to a pipeline that takes prompts.
+        at_once: pictures of one call.
     """
+    parts = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
+    return np.concatenate([_pictures(pipe, call_kwargs, prompts, some, seed) for some in parts])
+
+
+def _pictures(pipe: Any, call_kwargs: Mapping[str, Any], prompts: Sequence[str] | None, some: range, seed: int) -> np.ndarray:
     takes = inspect.signature(type(pipe).__call__).parameters
     told: dict[str, Any] = {}
     if "prompt" in takes:
-        told["prompt"] = [(prompts or [""])[i % len(prompts or [""])] for i in range(count)]
+        told["prompt"] = [(prompts or [""])[i % len(prompts or [""])] for i in some]
     elif "class_labels" in takes:
-        told["class_labels"] = [i % LABELS for i in range(count)]
+        told["class_labels"] = [i % LABELS for i in some]
     else:
-        told["batch_size"] = count
-    generators: Any = [torch.Generator().manual_seed(seed + i) for i in range(count)]  # on the CPU: the same on every device
+        told["batch_size"] = len(some)
+    generators: Any = [torch.Generator().manual_seed(seed + i) for i in some]  # on the CPU: the same on every device
     if "class_labels" in takes and "batch_size" not in takes:
         generators = generators[0]  # DiT draws all latents from one
     with torch.no_grad():
