@@ -191,8 +191,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["teachers", *STUDENTS, "report"])
     for name in parser.parse_args().parts:
         if name == "report":
-            text = report()
-            write_atomically(FOLDER / "report.md", lambda out: out.write(text.encode()))
+            (FOLDER / "report.md").write_text(report())
         elif name == "teachers":
             goal = teacher_pictures()
             for calls in (16, 8, 4, 2, 1):

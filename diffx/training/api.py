@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .cost import Cost, cost_of
 from .data import DataConfig
 from .export import Form, export
-from .loop import Examples, Training
+from .loop import Training
 from .networks import Lora, Networks
 from .pictures import picture_size
 from .run import Metric, Run
@@ -83,7 +83,7 @@ def distill(
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
             the rank, ``lora_targets`` ends of the names of their layers (None: the family's).
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
-            the best checkpoint is the result. One process measures; all do where weights lie in parts on several.
+            the best checkpoint is the result.
         sample_prompts: of the sample sheets.
         report_to: accelerate's trackers, such as "tensorboard", "wandb" or "trackio", beside log.jsonl.
         options: every field of ``TrainConfig`` and ``DataConfig``.
@@ -191,13 +191,12 @@ def _run(
     shown = progress and accelerator.is_main_process
     if data is None and model in (None, "emoji"):
         data = embedded_pictures()
-    examples: Examples = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
+    examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
     nets = Networks(family, objective, lora, size=size)
     training = Training(nets, examples, config, accelerator)
     if report_to:
         accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
     report = Run(training, folder, described, metric, prompts, progress).go()
-    nets.gather()
     if report_to:
         accelerator.end_training()
     for role, network in nets.modules.items():

@@ -89,7 +89,8 @@ class Training:
         for network in dict.fromkeys(nets.modules.values()):  # in the same order on every process
             roles = [role for role in self.objective.trains if nets.modules[role] is network]
             if len(roles) > 1:  # a step may leave some of the network's weights alone, which DDP else takes for an error
-                accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+                handler: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
+                accelerator.ddp_handler = handler
             if roles:  # together: sharding replaces the weights that an optimizer holds
                 placed[id(network)], *prepared = accelerator.prepare(network, *(self._make_optimizer(role) for role in roles))
                 optimizers |= dict(zip(roles, prepared))

@@ -48,7 +48,6 @@ class Networks:
     def __init__(self, family: Family, objective: Objective, lora: Lora | None, *, size: tuple[int, int]) -> None:
         objective = objective.settled(family, lora is not None)
         self.family, self.objective, self.lora = family, objective, lora
-        self._class: Any = type(family.base)  # sharding gives its networks another
         self.times = Times(family.process)
         self.null = family.null_condition(size=size)
         base = family.base.requires_grad_(False)
@@ -157,22 +156,6 @@ class Networks:
     def exported(self) -> str:
         """The role whose weights are the result."""
         return TARGET if self.objective.ema_decay else STUDENT
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether weights lie in parts on several processes, which must then call a network together."""
-        return any(isinstance(weight, DTensor) for network in self.modules.values() for weight in network.parameters())
-
-    def gather(self) -> None:
-        """Put a whole network in the place of the exported one if that lies in parts; every process calls it."""
-        if not self.in_parts:
-            return
-        network: Any = self.modules[self.exported()]
-        made = self._class.from_config(network.config)
-        if self.lora:
-            add_adapters(made, self.adapters, self.lora, self.family)
-        made.load_state_dict({name: whole(value).cpu() for name, value in network.state_dict().items()}, assign=True)
-        self.modules[self.exported()] = made.eval()
 
     def state(self) -> dict[str, Tensor]:
         """All weights that training changes, by "role/name"."""

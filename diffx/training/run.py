@@ -143,13 +143,12 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """A sample sheet, and the metric where there is one; a checkpoint that is the best so far is kept."""
-        if self.main or self.training.nets.in_parts:
+        if self.main:
             pipe, call_kwargs = self.training.result()
             height, width = picture_size(self.training.nets.family, None)
             at_once = max(1, PIXELS_AT_ONCE // (height * width))
             drawn = sheet(pictures(pipe, call_kwargs, self.prompts, at_once=at_once))
             found = float(self.metric(pipe, call_kwargs)) if self.metric else math.nan
-        if self.main:
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
             write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
