@@ -28,5 +28,5 @@ bench: $(STAMP)  ## ours beside Diffusers': the cost of one step, and every pipe
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test,dev]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[train,test,dev]'
 	touch $@

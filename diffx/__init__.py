@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
+    from . import objectives
     from .calibration import calibrate
     from .schedulers import (
         DDIM,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         TableScheduler,
         UniPC,
     )  # fmt: skip
+    from .training.api import Trained, distill, train
 
 __version__ = "0.1.0"
 
@@ -45,11 +47,14 @@ _PUBLIC = {
     "Table": "diffx.schedulers",
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
+    "Trained": "diffx.training.api",
     "calibrate": "diffx.calibration",
+    "distill": "diffx.training.api",
+    "train": "diffx.training.api",
 }
 __all__ = [
     "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
-    "Table", "TableScheduler", "UniPC", "calibrate",
+    "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
@@ -57,6 +62,8 @@ setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # th
 
 
 def __getattr__(name: str) -> Any:
+    if name == "objectives":
+        return importlib.import_module("diffx.objectives")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name == "SchedulerMixin":  # Diffusers asks the library of a component for its base classes

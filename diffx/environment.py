@@ -8,7 +8,7 @@ from typing import Any
 DISTRIBUTION = "diffx-diffusers"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "scipy", "pillow", "matplotlib")
 EXTRAS = {
-    "train": ("peft", "datasets"),
+    "train": ("peft", "datasets", "tensorboard"),
     "hints": ("controlnet-aux", "opencv-python-headless"),
     "xformers": ("xformers",),
 }

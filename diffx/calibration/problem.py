@@ -66,7 +66,7 @@ class PipelineProblem:
     def describe(self) -> dict[str, Any]:
         network = network_of(self.pipe)
         return {
-            "pipeline": type(self.pipe).__name__, "network": fingerprint(self.pipe), "weights": _sketch(network),
+            "pipeline": type(self.pipe).__name__, "network": fingerprint(self.pipe), "weights": sketch(network),
             "dtype": str(network.dtype), "prompts": list(self.prompts), "guidance_scale": self.guidance_scale, "seed": self.seed,
             "call_kwargs": {key: repr(value) for key, value in self.call_kwargs.items()},
             "scheduler": {key: value for key, value in self.config.items() if not key.startswith("_")},
@@ -129,7 +129,7 @@ def key_of(content: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
-def _sketch(network: nn.Module) -> str:
+def sketch(network: nn.Module) -> str:
     """A hash of at most 1,024 evenly spaced numbers of each parameter: another checkpoint has others."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in network.named_parameters():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from . import calibrate, compare, env, evaluate, plan, sample
+from . import calibrate, compare, env, evaluate, plan, sample, train
 
 
 class Commands(TyperGroup):
@@ -25,6 +25,9 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"diffx: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+        except KeyboardInterrupt as stop:
+            typer.echo(f"diffx: {stop or 'interrupted'}", err=True)
+            raise typer.Exit(130) from stop  # what shells give for Ctrl-C
 
 
 app = typer.Typer(
@@ -37,6 +40,8 @@ app.command("compare")(compare.compare)
 app.command("plan")(plan.plan)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(train.distill, name="distill")
+app.add_typer(train.train, name="train")
 app.command("env")(env.env)
 
 

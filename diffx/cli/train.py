@@ -1,0 +1,142 @@
+"""``diffx distill METHOD`` and ``diffx train``: few-step students and trained models, in stock Diffusers' formats."""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import options
+from .fields import flags_of, merged
+
+NAMES = {
+    "distill": {
+        "progressive": "Progressive", "lcm": "LCM", "pcm": "PCM", "dmd2": "DMD2", "guidance": "Guidance", "ct": "ConsistencyTraining",
+    },
+    "train": {"base": "Diffusion"},
+}  # fmt: skip
+EXAMPLES = {
+    "base": "diffx train base photos/ --model PATH_OR_ID --lora-rank 16 --train-steps 1000",
+    "progressive": "diffx distill progressive --start 32 --end 4 --guidance-scale 3 --train-steps 3000 --output outputs/progressive",
+    "lcm": "diffx distill lcm photos/ --teacher PATH_OR_ID --lora-rank 64 --train-steps 1000 --mixed-precision bf16",
+    "pcm": "diffx distill pcm photos/ --teacher PATH_OR_ID --calls 4 --lora-rank 64",
+    "dmd2": "diffx distill dmd2 prompts.txt --teacher PATH_OR_ID --calls 4 --guidance-scale 3",
+    "guidance": "diffx distill guidance prompts.txt --teacher PATH_OR_ID --guidance-scale 5 --lora-rank 32",
+    "ct": "diffx distill ct photos/ --teacher PATH_OR_ID --train-steps 20000",
+}
+Data = Annotated[
+    str | None,
+    typer.Argument(help="A folder of pictures, a data set's Hub id or folder, a text file of prompts; else the model makes samples."),
+]
+Teacher = Annotated[
+    str, typer.Option("--teacher", "--model", metavar="PATH_OR_ID", help="A pipeline folder or Hub id; 'emoji' is the embedded model.")
+]
+Rank = Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank; else the whole network.", show_default=False)]
+Alpha = Annotated[float | None, typer.Option("--lora-alpha", help="Their factor times the rank; else the rank.", show_default=False)]
+Targets = Annotated[
+    str | None, typer.Option("--lora-targets", help="Ends of layer names, comma-separated; else the family's.", show_default=False)
+]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--sample-prompt", help="Of the sample sheets; give it again for more.", show_default=False)
+]
+Output = Annotated[Path, typer.Option("--output", file_okay=False, help="Folder of the run; the model will be in its folder model.")]
+Report = Annotated[str | None, typer.Option("--report-to", help="tensorboard, wandb, trackio; comma-separated.", show_default=False)]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML with values for the flags below; flags win over it.", show_default=False)
+]
+Dump = Annotated[bool, typer.Option("--dump-config", help="Print the values of all flags below as YAML, and stop.")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory and network calls of an update, and stop.")]
+
+
+class Methods(TyperGroup):
+    """Commands made of the classes of ``diffx.objectives``, which are imported when one is asked for."""
+
+    def list_commands(self, ctx):
+        return list(NAMES[self.name or ""])
+
+    def get_command(self, ctx, cmd_name):
+        from .. import objectives
+
+        name = NAMES[self.name or ""].get(cmd_name)
+        if name is None:
+            return None
+        app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+        app.command(cmd_name)(_command(getattr(objectives, name), EXAMPLES[cmd_name]))
+        return typer.main.get_command(app)
+
+
+def _command(method: Any, example: str) -> Callable:
+    from ..training.config import TrainConfig
+    from ..training.data import DataConfig
+
+    teaches = method.has_teacher
+
+    def command(
+        data: Data = None,
+        teacher: Teacher = "emoji",
+        lora_rank: Rank = None,
+        lora_alpha: Alpha = None,
+        lora_targets: Targets = None,
+        sample_prompt: Prompts = None,
+        output: Output = Path("outputs/distilled" if teaches else "outputs/trained"),
+        report_to: Report = None,
+        device: options.Device = None,
+        config: Config = None,
+        dump_config: Dump = False,
+        dry_run: Dry = False,
+        as_json: options.Json = False,
+        **flags: Any,
+    ) -> None:
+        import yaml
+
+        from ..training import api
+
+        of_method = {field.name: field for field in dataclasses.fields(method)}
+        chosen = merged(config, flags, list(flags))
+        if dump_config:
+            values = {f.name: f.default for cls in (method, TrainConfig, DataConfig) for f in dataclasses.fields(cls)} | chosen
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not dataclasses.MISSING}
+            typer.echo(yaml.safe_dump(plain, sort_keys=False), nl=False)
+            return
+        missing = [name for name, field in of_method.items() if field.default is dataclasses.MISSING and name not in chosen]
+        if missing:
+            raise ValueError(f"{' and '.join('--' + name.replace('_', '-') for name in missing)} must be given; see --help")
+        objective = method(**{name: value for name, value in chosen.items() if name in of_method})
+        rest = {name: value for name, value in chosen.items() if name not in of_method}
+        targets = lora_targets.split(",") if lora_targets else None
+        if dry_run:
+            found = api.cost(teacher, objective, lora=api.make_lora(lora_rank, lora_alpha, targets), **rest)
+            typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
+            return
+        trained = (api.distill if teaches else api.train)(
+            teacher, objective, data, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=targets, sample_prompts=sample_prompt,
+            output=output, device=device, report_to=report_to.split(",") if report_to else (), progress=not as_json, **rest,
+        )  # fmt: skip
+        if as_json:
+            typer.echo(json.dumps({"model": str(output / "model"), "call_kwargs": trained.call_kwargs, **trained.report}, indent=2))
+            return
+        typer.echo(f"model:   {output / 'model'}  (stock Diffusers loads it)")
+        typer.echo(f"call it: pipe(..., {', '.join(f'{k}={v!r}' for k, v in trained.call_kwargs.items())})")
+        typer.echo(f"samples: {output / 'samples'}")
+
+    first = (method.__doc__ or "").split("\n\n")[0]
+    command.__doc__ = (
+        f"{first}\n\n[bold]Example:[/bold] {example}\n\nAn interrupted run goes on with the same command; on several GPUs: "
+        "accelerate launch -m diffx ... with the same words."
+    )
+    fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    flags = [p for p in flags_of([method, TrainConfig, DataConfig]) if p.name not in {f.name for f in fixed}]
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fixed]
+    command.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]  # typer reads it
+    command.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
+    return command
+
+
+distill = typer.Typer(cls=Methods, no_args_is_help=True, help="Make a student that needs fewer network calls; one command per method.")
+train = typer.Typer(cls=Methods, no_args_is_help=True, help="Train a model on pictures.")
+for group in (distill, train):
+    group.callback()(lambda: None)  # typer wants one of a group without commands of its own

@@ -1,0 +1,233 @@
+"""``distill`` and ``train``: a model, a method and data in, a stock Diffusers model out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..calibration.problem import sketch
+from ..families import Family, family_of
+from ..loading import load_pipeline
+from ..objectives.diffusion import Diffusion
+from ..objectives.objective import Inference, Objective
+from .cache import make_cache
+from .config import TrainConfig
+from .cost import Cost, cost_of
+from .data import DataConfig
+from .export import Form, export
+from .loop import Training
+from .networks import Lora, Networks
+from .pictures import picture_size
+from .run import Metric, Run
+
+SECTIONS = {"train": TrainConfig, "data": DataConfig}
+RENDERINGS = 3  # of each glyph of the embedded model
+HERE = ("cache",)  # options that say where something lies, not what it is
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training came to.
+
+    ``pipeline`` is a stock pipeline with the trained network, to be called with ``call_kwargs``; ``report`` is what was measured,
+    and ``folder`` holds the run: run.yaml, log.jsonl, checkpoints, samples, and the model itself in ``folder / "model"``.
+    """
+
+    pipeline: Any
+    call_kwargs: dict[str, Any]
+    report: dict[str, Any]
+    folder: Path
+    networks: Networks
+    inference: Inference
+
+    def save_pretrained(self, folder: str | Path, *, form: Form | None = None, kohya: bool = False) -> Path:
+        """Write the result for stock Diffusers: "full", "lora" or "merged"; None is the smallest that it loads.
+
+        Raises:
+            ValueError: this result has no such form, or ``folder`` holds something else.
+        """
+        return export(self.networks, self.inference, folder, form, kohya=kohya)
+
+
+def distill(
+    teacher: Any = None,
+    method: Objective | None = None,
+    data: Any = None,
+    *,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: Sequence[str] | None = None,
+    metric: Metric | None = None,
+    sample_prompts: Sequence[str] | None = None,
+    output: str | Path = "outputs/distilled",
+    device: str | None = None,
+    report_to: Sequence[str] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Trained:
+    """A student of ``teacher`` that needs fewer network calls, or none for guidance, as a stock Diffusers model.
+
+    The same call goes on where an interrupted one stood, bit for bit.
+
+    Args:
+        teacher: a pipeline, its folder or its Hub id; None is the embedded model. A LoRA student's adapters are put into its network.
+        method: of ``diffx.objectives``, such as ``Progressive(start=32, end=4)`` or ``LCM()``.
+        data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples, and the embedded model
+            has its own pictures; see ``DataConfig``.
+        lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
+            the rank, ``lora_targets`` ends of the names of their layers (None: the family's).
+        metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
+            the best checkpoint is the result.
+        sample_prompts: of the sample sheets.
+        report_to: accelerate's trackers, such as "tensorboard", "wandb" or "trackio", beside log.jsonl.
+        options: every field of ``TrainConfig`` and ``DataConfig``.
+
+    Raises:
+        ValueError: something does not fit; before any work.
+        FloatingPointError: a loss that is not finite; the last good checkpoint stays.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the step it stopped after is saved.
+    """
+    if not isinstance(method, Objective):
+        raise ValueError(f"method={method!r} is no training method; pass one of diffx.objectives, such as Progressive(start=8, end=4)")
+    if not method.has_teacher:
+        raise ValueError(f"{type(method).__name__} has no teacher; diffx.train(model, {type(method).__name__}(...), data) trains with it")
+    lora = make_lora(lora_rank, lora_alpha, lora_targets)
+    return _run(teacher, method, data, lora, metric, sample_prompts, output, device, report_to, progress, options)
+
+
+def train(
+    model: Any = None,
+    objective: Objective | None = None,
+    data: Any = None,
+    *,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: Sequence[str] | None = None,
+    metric: Metric | None = None,
+    sample_prompts: Sequence[str] | None = None,
+    output: str | Path = "outputs/trained",
+    device: str | None = None,
+    report_to: Sequence[str] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Trained:
+    """``model`` trained on data, all of its network or an adapter; arguments as in ``distill``.
+
+    Args:
+        objective: None is ``Diffusion()``.
+    """
+    if data is None and model not in (None, "emoji"):
+        raise ValueError("data is missing: a folder of pictures, a data set, or a list of dicts with image and text")
+    lora = make_lora(lora_rank, lora_alpha, lora_targets)
+    return _run(model, objective or Diffusion(), data, lora, metric, sample_prompts, output, device, report_to, progress, options)
+
+
+def cost(model: Any, objective: Objective, *, lora: Lora | None = None, **options: Any) -> Cost:
+    """What one update of such a training costs: parameters, memory of weights and optimizer, network calls; nothing is trained."""
+    sections = split(options)
+    family = family_of(load_pipeline(model, device="cpu")) if not _is_pipeline(model) else family_of(model)
+    return cost_of(family, objective, lora, sections["train"], picture_size(family, sections["data"].resolution))
+
+
+def make_lora(rank: int | None, alpha: float | None, targets: Sequence[str] | None) -> Lora | None:
+    """The adapters that are asked for.
+
+    Raises:
+        ValueError: an option of adapters without a rank.
+    """
+    if rank is None:
+        for name, value in (("lora_alpha", alpha), ("lora_targets", targets)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} without lora_rank, which says that adapters are trained at all")
+        return None
+    return Lora(rank=rank, alpha=alpha, targets=targets)
+
+
+def split(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``TrainConfig`` and a ``DataConfig`` of one set of options; ``seed`` is of both.
+
+    Raises:
+        ValueError: an option that neither has, with the nearest one that exists.
+    """
+    names = {section: {field.name for field in fields(cls)} for section, cls in SECTIONS.items()}
+    known = sorted(set().union(*names.values()))
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"))
+    return {section: cls(**{k: v for k, v in options.items() if k in names[section]}) for section, cls in SECTIONS.items()}
+
+
+def describe(family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares."""
+    settings = {section: {k: v for k, v in asdict(config).items() if k not in HERE} for section, config in sections.items()}
+    method = {"name": type(objective).__name__, **asdict(objective)}
+    told = str(data) if isinstance(data, str | Path) else None if data is None else type(data).__name__
+    model = {"pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
+    return {"model": model, "method": method, "lora": asdict(lora) if lora else None, "source": told, **settings}
+
+
+def _run(
+    model: Any, objective: Objective, data: Any, lora: Lora | None, metric: Metric | None, prompts: Sequence[str] | None,
+    output: str | Path, device: str | None, report_to: Sequence[str], progress: bool, options: Mapping[str, Any],
+) -> Trained:  # fmt: skip
+    sections, folder = split(options), Path(output)
+    config: TrainConfig = sections["train"]
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, cpu=device == "cpu", log_with=list(report_to) or None, project_dir=str(folder)
+    )
+    pipe = model if _is_pipeline(model) else load_pipeline(model, device="cpu")
+    fuse_loras(pipe)
+    pipe.to(accelerator.device)
+    family = family_of(pipe)
+    described = describe(family, objective, lora, data, sections)
+    size = picture_size(family, sections["data"].resolution)
+    shown = progress and accelerator.is_main_process
+    if data is None and model in (None, "emoji"):
+        data = embedded_pictures()
+    examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
+    nets = Networks(family, objective, lora, size=size)
+    training = Training(nets, examples, config, accelerator)
+    if report_to:
+        accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
+    report = Run(training, folder, described, metric, prompts, progress).go()
+    if report_to:
+        accelerator.end_training()
+    for role, network in nets.modules.items():
+        nets.modules[role] = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+    pipeline, call_kwargs = training.result()
+    trained = Trained(pipeline, call_kwargs, report, folder, nets, nets.objective.inference(family))
+    if accelerator.is_main_process:
+        trained.save_pretrained(folder / "model")
+    accelerator.wait_for_everyone()
+    return trained
+
+
+def embedded_pictures() -> list[dict[str, Any]]:
+    """What the embedded model was trained on, each glyph in a few renderings: what it is trained further on where no data is given."""
+    from .. import glyphs
+
+    return [{"image": made.image(), "text": made.caption()} for made in glyphs.training_renderings(RENDERINGS, seed=0)]
+
+
+def fuse_loras(pipe: Any) -> None:
+    """Add LoRAs that are loaded in a pipeline to its weights, so that they teach, too."""
+    if getattr(pipe, "get_active_adapters", None) and pipe.get_active_adapters():
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+
+
+def _is_pipeline(model: Any) -> bool:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    return isinstance(model, DiffusionPipeline)
+
+
+def _is_examples(data: Any) -> bool:
+    return callable(getattr(data, "read", None)) and not isinstance(data, str | Path)
