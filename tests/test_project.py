@@ -93,12 +93,17 @@ def shell_lines() -> list[str]:
 
 @pytest.mark.parametrize("line", shell_lines())
 def test_commands_in_readme_and_help_have_the_flags_they_use(line):
+    from typer.core import TyperGroup
     from typer.main import get_command
 
     from diffx.cli import app
 
     _, name, *words = shlex.split(line, comments=True)
-    known = {flag for parameter in get_command(app).commands[name].params for flag in parameter.opts}
+    command = get_command(app).commands[name]
+    if isinstance(command, TyperGroup):  # distill and train: a command per method
+        command = command.get_command(None, words[0])
+        assert command, f"{name} has no {words[0]}"
+    known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words if word.startswith("--")} <= known
 
 

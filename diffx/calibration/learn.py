@@ -54,8 +54,9 @@ def knobs_of(calls: int) -> list[Knob]:
 class Knobs:
     """Every free number of a run, as differences from a starting calibration; all zero is that calibration.
 
-    The level of a first call on pure noise stays; another one says only how that call's noise is read. A weight is a share of its row's gain, the newest prediction taking
-    what is left to 1, so that every setting is a table that keeps the noise levels of its grid.
+    The level of a first call on pure noise stays; another one says only how that call's noise is read. A weight is a share of its
+    row's gain, the newest prediction taking what is left to 1, so that every setting is a table that keeps the noise levels of its
+    grid.
 
     Args:
         process: of the model, in the frame "vp" or "flow".
