@@ -1,0 +1,90 @@
+"""``distill`` as it is called: data of each kind, options, refusals, costs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import diffx
+from diffx.cli import app
+from diffx.objectives import DMD2, LCM, PCM, Progressive
+from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
+from diffx.training.api import cost
+from diffx.training.networks import Lora
+
+SMALL = dict(train_steps=2, batch_size=2, resolution=IMAGE_SIZE, progress=False, device="cpu")
+METHOD = PCM(calls=2, teacher_steps=4, guidance_range=(2.0, 3.0), guidance_scale=2.5, embed_guidance=False)
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    return [{"image": rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), "text": word} for word in ("one", "two")]
+
+
+def test_pictures_in_memory_train_and_the_same_call_finds_the_result(tmp_path):
+    options = dict(output=tmp_path / "run", cache=tmp_path / "cache", **SMALL)
+    made = diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), **options)
+    assert made.call_kwargs == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    assert (made.folder / "model" / "model_index.json").is_file()
+    again = diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), **options)
+    for one, two in zip(made.pipeline.unet.parameters(), again.pipeline.unet.parameters()):
+        assert (one == two).all()
+
+
+def test_a_run_with_other_settings_is_refused_by_what_differs(tmp_path):
+    options = dict(output=tmp_path / "run", cache=tmp_path / "cache", **SMALL)
+    diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), **options)
+    with pytest.raises(ValueError, match=r"train\.lr: None there, 0\.001 now"):
+        diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), lr=1e-3, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((METHOD, ["one"]), dict(train_step=2), "unknown option 'train_step'; did you mean 'train_steps'"),
+        ((diffx.LCM(), ["one"]), {}, "is no training method"),
+        ((diffx.objectives.Diffusion(), ["one"]), {}, "Diffusion has no teacher"),
+        ((METHOD, ["one"]), dict(lora_alpha=4.0), "lora_alpha=4.0 without lora_rank"),
+        ((METHOD, ["one"]), dict(batch_size=0), "batch_size=0 must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        diffx.distill(tiny_stable_diffusion(), *arguments, output=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    [
+        (LCM(calls=2, embed_guidance=False), {"teacher": 2, "student": 1, "target": 1}),  # a guided pair counts two
+        (Progressive(start=4, end=2), {"teacher": 2, "student": 1}),
+        (Progressive(start=4, end=2, guidance_scale=3.0), {"teacher": 4, "student": 1}),
+        (DMD2(calls=1, fake_steps=1), {"student": 1, "fake": 1, "teacher": 0.5}),  # every second update is the student's
+    ],
+)
+def test_the_cost_counts_what_an_update_calls(method, calls):
+    assert cost(tiny_stable_diffusion(), method, resolution=IMAGE_SIZE).calls == pytest.approx(calls)  # exact in binary
+
+
+def test_dmd2_with_adapters_holds_one_base():
+    base = sum(weight.numel() for weight in tiny_stable_diffusion().unet.parameters())
+    found = cost(tiny_stable_diffusion(), DMD2(calls=1), lora=Lora(rank=2, targets=["to_q"]), resolution=IMAGE_SIZE)
+    assert found.frozen_parameters == base and 0 < found.trained_parameters < base
+
+
+def test_what_dump_config_prints_is_a_config_and_flags_win_over_it(tmp_path):
+    words = ["distill", "progressive", "--dump-config"]
+    first = CliRunner().invoke(app, [*words, "--start", "8", "--end", "4", "--lr", "0.001"])
+    assert first.exit_code == 0, first.output
+    (tmp_path / "run.yaml").write_text(first.stdout)
+    assert CliRunner().invoke(app, [*words, "--config", str(tmp_path / "run.yaml")]).stdout == first.stdout
+    other = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "run.yaml"), "--lr", "0.01"]).stdout
+    assert other == first.stdout.replace("lr: 0.001", "lr: 0.01")
+
+
+def test_every_field_is_a_flag_of_its_command():
+    shown = CliRunner().invoke(app, ["distill", "pcm", "--dump-config"]).stdout
+    names = {line.split(":")[0] for line in shown.splitlines()}
+    assert {field.name for field in dataclasses.fields(PCM)} <= names
