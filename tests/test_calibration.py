@@ -245,7 +245,7 @@ def test_zero_knobs_are_the_start_and_all_others_keep_the_invariant():
             np.testing.assert_allclose(one, two[: len(one)] + [0.0] * (len(one) - len(two)), rtol=1e-9, atol=1e-12)
         moved = knobs.run(np.random.default_rng(1).normal(0, 0.1, len(knobs.all)))
         Calibrated.from_config(config, calibration=moved.to_dict())  # its table is checked
-    assert len(knobs_of(6)) == 5 + 5 + 1 + 2 + 3 + 3 + 3
+    assert len(knobs_of(6)) == 6 + 6 + 1 + 2 + 3 + 3 + 3
     assert [sum(calls - knob.acts_from for knob in knobs_of(calls)) for calls in (6, 10)] == [61, 195]  # as the module says
 
 
