@@ -10,7 +10,9 @@ if TYPE_CHECKING:  # Diffusers takes seconds to import, and only the functions n
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 EMBEDDED = Path(__file__).parent / "assets" / "emoji"
-EMBEDDED_TABLE = EMBEDDED.with_name("emoji_calibrated_6")  # its name is a sampler, wherever one is named
+EMBEDDED_TABLE, EMBEDDED_STUDENT = EMBEDDED.with_name("emoji_calibrated_6"), EMBEDDED.with_name("emoji_progressive_4")
+EMBEDDED_SAMPLERS = {folder.name: folder for folder in (EMBEDDED_TABLE, EMBEDDED_STUDENT)}  # whose names do, wherever one is named
+CALL_KWARGS = "call_kwargs.json"  # of a trained model: what its pipeline is called with; it also says that a folder holds one
 DTYPES = ("float32", "bfloat16", "float16")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

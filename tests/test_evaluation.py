@@ -402,8 +402,8 @@ def test_samplers_with_steps_of_their_own_stand_beside_the_others(table, recwarn
 @pytest.mark.parametrize(
     ("samplers", "arguments", "message"),
     [
-        (["{table}@5"], {}, "is a table for 4 steps alone, asked were 5; leave out '@5', or calibrate one"),
-        (["UniPC"], dict(reference="{table}"), "is a calibrated table of few steps; use a sampler that takes 6"),
+        (["{table}@5"], {}, "was made for 4 steps alone, asked were 5; leave out '@5', or make another one"),
+        (["UniPC"], dict(reference="{table}"), "was made for few steps; use a sampler that takes 6"),
         (["UniPC@7"], {}, "no fewer than the most steps of any sampler, 7"),
         (["UniPC", "UniPC@3"], {}, "sampler 'UniPC' is listed twice at 3 steps"),
         (["{table}", "{table}@4"], {}, "is listed twice at 4 steps"),

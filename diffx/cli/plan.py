@@ -10,7 +10,9 @@ from . import options
 
 def plan(
     sampler: options.Sampler = "UniPC",
-    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", help="Steps of the sampler.")] = 8,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", help="Steps; else what the sampler was made for, or 8.", show_default=False)
+    ] = None,
     model: options.Model = "emoji",
     mu: Annotated[
         float | None, typer.Option("--mu", help="Shift of flow models that choose it by picture size.", show_default=False)
@@ -23,12 +25,13 @@ def plan(
 
     Of the model only the scheduler config is read, no weights.
     """
-    from diffx import TableScheduler
+    from diffx import Calibrated, TableScheduler
     from diffx.evaluation import make_sampler
     from diffx.loading import load_scheduler_config
 
     scheduler = make_sampler(sampler or "UniPC", load_scheduler_config(model))
     if not isinstance(scheduler, TableScheduler):
         raise ValueError(f"sampler {sampler!r} is {type(scheduler).__name__}, which has no table; only diffx samplers have a plan")
-    scheduler.set_timesteps(num_inference_steps, mu=mu)
+    made = scheduler.calibration.num_inference_steps if isinstance(scheduler, Calibrated) else 8
+    scheduler.set_timesteps(num_inference_steps or made, mu=mu)
     typer.echo(json.dumps(scheduler.plan().to_dict(), indent=2) if as_json else str(scheduler.plan()))

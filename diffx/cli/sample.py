@@ -8,13 +8,20 @@ import typer
 
 from . import options
 
+DEFAULTS = {"num_inference_steps": 16, "guidance_scale": 3.0}
+
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more prompts.")],
     model: options.Model = "emoji",
     sampler: options.Sampler = None,
-    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", help="Steps of the sampler.")] = 16,
-    guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is off.")] = 3.0,
+    num_inference_steps: Annotated[
+        int | None,
+        typer.Option("--num-inference-steps", help="Steps; else what the sampler was made for, or 16.", show_default=False),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", help="1 is off; else what the sampler was made for, or 3.", show_default=False)
+    ] = None,
     seed: options.Seed = 0,
     num_images_per_prompt: options.ImagesPerPrompt = 1,
     output: Annotated[Path, typer.Option("--output", help="Picture file; several pictures are numbered.")] = Path("outputs/sample.png"),
@@ -28,18 +35,17 @@ def sample(
 
     Without --sampler the model's own is used. Pictures count up from --seed; each file's seed is printed and gives the same picture again.
     """
-    from diffx.evaluation import make_sampler
+    from diffx.evaluation.candidate import Candidate, make_candidate
     from diffx.loading import load_pipeline
     from diffx.sampling import picture_files, sample
 
     files = picture_files(output, len(prompts) * num_images_per_prompt)
     pipe = load_pipeline(model, device=device, torch_dtype=torch_dtype)
-    if sampler is not None:
-        pipe.scheduler = make_sampler(sampler, pipe.scheduler.config)
-    pictures = sample(
-        pipe, prompts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        seed=seed, num_images_per_prompt=num_images_per_prompt,
-    )  # fmt: skip
+    candidate = Candidate(pipe.scheduler) if sampler is None else make_candidate(sampler, pipe)
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    chosen = {**DEFAULTS, **candidate.call_kwargs, **{name: value for name, value in given.items() if value is not None}}
+    with candidate.in_place(pipe):
+        pictures = sample(pipe, prompts, **chosen, seed=seed, num_images_per_prompt=num_images_per_prompt)
     for picture, file in zip(pictures, files):
         picture.image.save(file)
     if as_json:

@@ -1,6 +1,5 @@
 """Samplers side by side on one pipeline, from the same noise: one table, one grid of pictures, one error plot."""
 
-import copy
 import inspect
 import math
 import time
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..schedulers import Calibrated, TableScheduler
+from .candidate import make_candidate, make_runs, networks_of
 from .emoji import Evaluator
 from .metrics import Measure, psnr, rms
 from .report import Comparison, Result
-from .samplers import is_control, make_sampler, split_count
+from .samplers import is_control
 
-NETWORKS = ("unet", "transformer", "transformer_2")
 REQUIRED = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
 
 
@@ -47,8 +46,9 @@ def compare(
 
     Args:
         pipe: any Diffusers text-to-image pipeline.
-        samplers: as ``make_sampler`` takes them. One may have steps of its own: "Heun@3" runs at 3 alone, whatever
-            ``num_inference_steps`` says. A calibrated table runs at the number that it was made for.
+        samplers: as ``make_candidate`` takes them. One may have steps of its own: "Heun@3" runs at 3 alone, whatever
+            ``num_inference_steps`` says. A calibrated table runs at the number that it was made for, and a student with its own call
+            arguments and weights.
         reference: a deterministic sampler; it also runs at half of ``reference_steps``, for the floor.
         evaluator: what else to measure, for instance ``GlyphEvaluator()`` for the embedded model.
         batch_size: pictures per pipeline call. In memory are the pictures of two runs, and one per prompt and run for the grid.
@@ -64,17 +64,13 @@ def compare(
     prompts, samplers = tuple(prompts), tuple(samplers)
     steps, scales = tuple(num_inference_steps), tuple(float(scale) for scale in guidance_scale)
     _check(pipe, samplers, prompts, (*steps, reference_steps, num_images_per_prompt, batch_size), scales, call_kwargs)
-    counted = [split_count(word) for word in samplers]
-    specs = reference, *(spec for spec, _ in counted)
-    schedulers = {spec: make_sampler(spec, pipe.scheduler.config) for spec in specs}  # all errors before the first run
-    runs = [(spec, n) for spec, own in counted for n in _steps(spec, own, schedulers[spec], steps)]
-    if twice := [run for i, run in enumerate(runs) if run in runs[:i]]:
-        raise ValueError(f"sampler {twice[0][0]!r} is listed twice at {twice[0][1]} steps")
+    candidates, runs = make_runs(samplers, pipe, steps)  # all errors before the first run
+    candidates[reference] = make_candidate(reference, pipe)
     most = max(n for _, n in runs)
     if reference_steps < max(2, most):
         raise ValueError(f"reference_steps={reference_steps} must be at least 2 and no fewer than the most steps of any sampler, {most}")
-    if isinstance(schedulers[reference], Calibrated):
-        raise ValueError(f"reference={reference!r} is a calibrated table of few steps; use a sampler that takes {reference_steps}")
+    if candidates[reference].call_kwargs:
+        raise ValueError(f"reference={reference!r} was made for few steps; use a sampler that takes {reference_steps}")
     plan = [(reference, reference_steps, "reference"), (reference, reference_steps // 2, "floor")]
     plan += [(spec, n, "control" if is_control(spec) else "sampler") for spec, n in runs]
     wanted = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
@@ -83,17 +79,14 @@ def compare(
     images: dict[tuple[str, int, float], np.ndarray] = {}
     num_batches = -(-len(wanted) // batch_size)
     total = len(scales) * num_batches * sum(n for _, n, _ in plan)
-    with lent(pipe), _counted(pipe) as meter, tqdm(total=total, unit="call", disable=not progress) as bar:
-        meter.tick = lambda: bar.update(1)
+    with lent(pipe), tqdm(total=total, unit="call", disable=not progress) as bar:
         for scale in scales:
             goal: Run | None = None
             for spec, n, role in plan:
                 bar.set_description(f"{spec}, {n} steps, guidance {scale:g}")
-                pipe.scheduler = copy.deepcopy(schedulers[spec])
-                if isinstance(pipe.scheduler, Calibrated):
-                    pipe.scheduler.warn_of_misfits(pipe, scale)
-                arguments = {"num_inference_steps": n, "guidance_scale": scale} | call_kwargs
-                run = _run(pipe, meter, wanted, seed, batch_size, arguments, f"{spec} at {n} steps and guidance {scale:g}")
+                arguments = {"num_inference_steps": n, "guidance_scale": scale, **candidates[spec].call_kwargs, **call_kwargs}
+                with candidates[spec].in_place(pipe), _counted(pipe, bar.update) as meter:
+                    run = _run(pipe, meter, wanted, seed, batch_size, arguments, f"{spec} at {n} steps and guidance {scale:g}")
                 goal = goal or run
                 if goal.stochastic:
                     raise ValueError(f"reference={reference!r} draws fresh noise; use a deterministic one, such as diffusers:DDIMScheduler")
@@ -168,10 +161,10 @@ def lent(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _counted(pipe: Any) -> Iterator[Meter]:
-    """Count the pipeline's network calls; its hooks are as before when the block ends."""
-    meter = Meter()
-    hooks = [pipe.components[name].register_forward_pre_hook(meter.before_call, with_kwargs=True) for name in _networks(pipe)]
+def _counted(pipe: Any, tick: Callable[[], Any]) -> Iterator[Meter]:
+    """Count the pipeline's network calls, each with a ``tick``; its hooks are as before when the block ends."""
+    meter = Meter(tick=tick)
+    hooks = [pipe.components[name].register_forward_pre_hook(meter.before_call, with_kwargs=True) for name in networks_of(pipe)]
     try:
         yield meter
     finally:
@@ -181,6 +174,8 @@ def _counted(pipe: Any) -> Iterator[Meter]:
 
 def _run(pipe: Any, meter: Meter, prompts: list[str], seed: int, batch_size: int, arguments: dict, label: str, first_index: int = 0) -> Run:
     images, latents, counts, factors, stochastic = [], [], [], [], False
+    if isinstance(pipe.scheduler, Calibrated):
+        pipe.scheduler.warn_of_misfits(pipe, arguments["guidance_scale"])
     start = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
@@ -222,24 +217,10 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
-def _networks(pipe: Any) -> list[str]:
-    return [name for name in NETWORKS if isinstance(pipe.components.get(name), nn.Module)]
-
-
-def _steps(spec: str, own: int | None, scheduler: Any, common: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of steps that a sampler runs at: a calibrated table's one, or that of its word, or the common ones."""
-    if isinstance(scheduler, Calibrated):
-        made = scheduler.calibration.num_inference_steps
-        if own not in (None, made):
-            raise ValueError(f"sampler {spec!r} is a table for {made} steps alone, asked were {own}; leave out '@{own}', or calibrate one")
-        return (made,)
-    return common if own is None else (own,)
-
-
 def _check(pipe: Any, samplers: tuple, prompts: tuple, counts: tuple, scales: tuple, call_kwargs: dict) -> None:
     parameters = inspect.signature(type(pipe).__call__).parameters
     missing = [name for name in REQUIRED if name not in parameters]
-    if missing or not _networks(pipe):
+    if missing or not networks_of(pipe):
         lacks = f"takes no {', '.join(missing)}" if missing else "has no unet or transformer"
         raise ValueError(f"{type(pipe).__name__} {lacks}; a text-to-image pipeline is needed")
     if unknown := [name for name in call_kwargs if name not in parameters]:

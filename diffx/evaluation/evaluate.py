@@ -1,6 +1,6 @@
 """Pictures against real pictures: of a model at several numbers of steps, or from a folder, each figure beside its floor."""
 
-import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..schedulers import Calibrated
+from .candidate import make_runs
 from .compare import _check, _counted, _run, lent
 from .emoji import are_captions, candidates, random_pictures
 from .features import FeatureExtractor, GlyphFeatures, TransformersClassifier, TransformersFeatures
@@ -28,7 +28,7 @@ from .metrics import (
 )
 from .pictures import PictureFolder, Pictures, PictureTensor, square
 from .quality import Column, Evaluation, Score
-from .samplers import is_control, make_sampler
+from .samplers import is_control
 
 MEASURES = ("FD", "KID", "precision", "recall", "density", "coverage")
 NUM_IMAGES = 256  # more than the shipped encoder's 64 features by a margin, and minutes on two cores
@@ -73,7 +73,7 @@ def evaluate(
         pipe: any Diffusers text-to-image pipeline; in other cases make a folder of pictures and use ``evaluate_pictures``.
         real: a folder (see ``PictureFolder``), a tensor (N, 3, H, W) in [0, 1] or other ``Pictures``; None draws renderings of the
             embedded model's glyphs.
-        samplers: as ``make_sampler`` takes them.
+        samplers: as ``make_candidate`` takes them, or with steps of their own, as ``compare`` takes them: a student brings its own.
         prompts: None takes the captions of the real pictures; a list is repeated until there are ``num_images``.
         num_images: pictures of each run; None is half of the real ones, at most 256.
         features: None is the shipped encoder, which knows emoji only; ``TransformersFeatures(...)`` for everything else.
@@ -93,7 +93,7 @@ def evaluate(
     steps, scales = tuple(num_inference_steps), tuple(float(scale) for scale in guidance_scale)
     counts = (*steps, batch_size, NUM_IMAGES if num_images is None else num_images, 1)  # 1: pictures of each prompt
     _check(pipe, tuple(samplers), tuple(prompts or ("",)), counts, scales, call_kwargs)
-    schedulers = {spec: make_sampler(spec, pipe.scheduler.config) for spec in samplers}  # all errors before the first run
+    ways, runs = make_runs(samplers, pipe, steps)  # all errors before the first run
     found = _real_pictures(real, 2 * (num_images or NUM_IMAGES), resolution, seed)
     count = min(len(found) // 2, NUM_IMAGES) if num_images is None else num_images
     ruler = Ruler(
@@ -107,30 +107,27 @@ def evaluate(
     rows = [ruler.reference_row()]
     images: dict[Column, np.ndarray] = {(REAL, None, None): ruler.shown}
     batches = range(0, count, batch_size)
-    total = len(scales) * len(batches) * len(schedulers) * sum(steps)
-    with lent(pipe), _counted(pipe) as meter, tqdm(total=total, unit="call", disable=not progress) as bar:
-        meter.tick = lambda: bar.update(1)
-        for scale, spec, n in ((scale, spec, n) for scale in scales for spec in schedulers for n in steps):
+    total = len(scales) * len(batches) * sum(n for _, n in runs)
+    with lent(pipe), tqdm(total=total, unit="call", disable=not progress) as bar:
+        for scale, (spec, n) in itertools.product(scales, runs):
             label = f"{spec} at {n} steps and guidance {scale:g}"
             bar.set_description(label)
-            pipe.scheduler = copy.deepcopy(schedulers[spec])
-            if isinstance(pipe.scheduler, Calibrated):
-                pipe.scheduler.warn_of_misfits(pipe, scale)
-            arguments = {"num_inference_steps": n, "guidance_scale": scale} | call_kwargs
+            arguments = {"num_inference_steps": n, "guidance_scale": scale, **ways[spec].call_kwargs, **call_kwargs}
             seconds, nfe, seen, shown = 0.0, 0, [], []
-            for first in batches:  # measured at once, so that only a few pictures stay in memory
-                batch = wanted[first : first + batch_size]
-                run = _run(pipe, meter, batch, seed, batch_size, arguments, label, first)
-                pictures = run.images.mul(255).round().div(255)  # as a file would hold them
-                seen.append(ruler.see(pictures))
-                shown.append(as_bytes(pictures[: max(0, SHOWN - first)]))
-                seconds, nfe = seconds + run.seconds * len(batch), run.nfe
+            with ways[spec].in_place(pipe), _counted(pipe, bar.update) as meter:
+                for first in batches:  # measured at once, so that only a few pictures stay in memory
+                    batch = wanted[first : first + batch_size]
+                    run = _run(pipe, meter, batch, seed, batch_size, arguments, label, first)
+                    pictures = run.images.mul(255).round().div(255)  # as a file would hold them
+                    seen.append(ruler.see(pictures))
+                    shown.append(as_bytes(pictures[: max(0, SHOWN - first)]))
+                    seconds, nfe = seconds + run.seconds * len(batch), run.nfe
             images[spec, n, scale] = np.concatenate(shown)
             measured = ruler.measure(Seen.join(seen), wanted)
             run_settings: dict[str, Any] = dict(guidance_scale=scale, num_inference_steps=n, nfe=nfe, seconds=seconds / count)
             rows.append(Score(role="control" if is_control(spec) else "sampler", sampler=spec, measures=measured, **run_settings))
     settings = ruler.settings | {
-        "generated": f"{len(schedulers)} samplers on {type(pipe).__name__}",
+        "generated": f"{len(ways)} samplers on {type(pipe).__name__}",
         "device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
         "call_kwargs": {key: repr(value) for key, value in call_kwargs.items()},
     }  # fmt: skip

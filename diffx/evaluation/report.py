@@ -117,6 +117,9 @@ def markdown(comparison: Comparison) -> str:
             key = row.guidance_scale, row.nfe
             best[key] = min(round(row.rms, 4), best.get(key, np.inf))
     lines += ["| " + " | ".join(_cells(row, names, best)) + " |" for row in rows]
+    usual = {row.guidance_scale: row.batch_factor for row in rows if row.role == "reference"}
+    if narrow := list(dict.fromkeys(row.sampler for row in rows if row.batch_factor < usual[row.guidance_scale])):
+        lines += ["", f"{', '.join(narrow)}: guidance is in the weights, and each call has one row per picture."]
     if any(row.stochastic for row in rows):
         lines += ["", "*noise*: the sampler draws fresh noise, so that its distance to a deterministic reference says nothing."]
     return "\n".join(lines) + "\n"

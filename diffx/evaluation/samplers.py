@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
-from ..loading import EMBEDDED_TABLE
+from ..loading import EMBEDDED_SAMPLERS
 from ..schedulers import SAMPLERS, Calibrated
 from ..schedulers.process import is_flow
 
@@ -30,7 +30,8 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
         spec: "UniPC" (a diffx class), "diffusers:DDIMScheduler" (any of Diffusers'), or a folder or Hub id that holds a
             scheduler_config.json, itself or in its folder "scheduler", of one of those classes. Options follow a colon or a
             question mark: "DPMSolver:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true" (after a folder or id only "?").
-            "emoji_calibrated_6" is the folder of that name in the package, the embedded model's table.
+            "emoji_calibrated_6" is the folder of that name in the package, the embedded model's table. Of a student's folder it is
+            the scheduler alone; ``make_candidate`` brings the weights, too.
 
     Raises:
         ValueError: an unknown class or option (the message names the nearest and lists all), an option of the wrong kind, a
@@ -38,7 +39,7 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
             folder or repository is ever run.
     """
     found = SPEC.fullmatch(spec)
-    if found and found["name"] == EMBEDDED_TABLE.name:
+    if found and found["name"] in EMBEDDED_SAMPLERS:
         source, text = found["name"], found["options"] or ""
     elif found and (found["name"] in class_names() or not Path(spec).is_dir()):
         cls = _class(found["name"])
@@ -81,6 +82,11 @@ def class_names() -> dict[str, type[SchedulerMixin]]:
     return {cls.__name__: cls for cls in SAMPLERS} | usable
 
 
+def folder_of(source: str) -> Path:
+    """The folder that a word names, there or not: one of the package's, or the user's own."""
+    return EMBEDDED_SAMPLERS.get(source, Path(source).expanduser())
+
+
 def is_control(spec: str) -> bool:
     """Whether a sampler is Diffusers' own, beside which ours are measured."""
     return spec.startswith(STOCK)
@@ -90,7 +96,7 @@ def _class(name: str) -> type[SchedulerMixin]:
     known = class_names()
     if name in known:
         return known[name]
-    words = [*known, EMBEDDED_TABLE.name]
+    words = [*known, *EMBEDDED_SAMPLERS]
     listed = [other for other in words if is_control(other) == is_control(name)]
     nearest = difflib.get_close_matches(name, words, 1, 0.0)[0]
     raise ValueError(
@@ -143,7 +149,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _saved_config(source: str) -> dict[str, Any]:
-    folder = EMBEDDED_TABLE if source == EMBEDDED_TABLE.name else Path(source).expanduser()
+    folder = folder_of(source)
     if folder.is_dir():
         files = [file for file in (folder / SCHEDULER_CONFIG_NAME, folder / "scheduler" / SCHEDULER_CONFIG_NAME) if file.is_file()]
         if not files:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families import remade
+from ..loading import CALL_KWARGS
 from ..objectives.objective import Inference
 from .networks import Networks
 
 Form = Literal["full", "lora", "merged"]
-CALL_KWARGS = "call_kwargs.json"  # what the pipeline is called with; its presence also says that a folder is an export
 KOHYA = "lora_kohya.safetensors"
 
 
