@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from diffx.evaluation import compare, evaluate
@@ -36,7 +36,7 @@ def students(pipe, tmp_path_factory):
         at = folder / form
         scheduler.save_pretrained(at / "scheduler")
         if form == "adapters":
-            type(changed).save_lora_weights(at, unet_lora_layers=get_peft_model_state_dict(changed.unet))
+            StableDiffusionPipeline.save_lora_weights(at, unet_lora_layers=get_peft_model_state_dict(changed.unet))
         else:
             other = load_pipeline()
             with torch.no_grad():
@@ -83,14 +83,8 @@ def test_it_is_compared_at_its_own_steps_and_guidance(pipe, students):
 
 
 def test_it_is_evaluated_at_its_own_steps_beside_others_at_theirs(pipe, students):
-    found = evaluate(
-        pipe,
-        samplers=["UniPC@3", "DDIM", students["adapters"]],
-        num_inference_steps=(1, 2),
-        num_images=6,
-        measures=("KID",),
-        progress=False,
-    )
+    words, measured = ["UniPC@3", "DDIM", students["adapters"]], dict(num_images=6, measures=("KID",))
+    found = evaluate(pipe, samplers=words, num_inference_steps=(1, 2), progress=False, **measured)
     runs = [(row.sampler, row.num_inference_steps, row.nfe) for row in found.rows[1:]]
     assert runs == [("UniPC", 3, 3), ("DDIM", 1, 1), ("DDIM", 2, 2), (students["adapters"], 2, 2)]
 

@@ -4,14 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import diffx
 from diffx.cli import app
+from diffx.families import family_of
 from diffx.objectives import DMD2, LCM, PCM, Progressive
 from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
-from diffx.training.api import cost
-from diffx.training.networks import Lora
+from diffx.training.api import cost, make_lora
+from diffx.training.networks import Lora, Networks
 
 SMALL = dict(train_steps=2, batch_size=2, resolution=IMAGE_SIZE, progress=False, device="cpu")
 METHOD = PCM(calls=2, teacher_steps=4, guidance_range=(2.0, 3.0), guidance_scale=2.5, embed_guidance=False)
@@ -53,6 +56,23 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path, arguments, optio
     with pytest.raises(ValueError, match=message):
         diffx.distill(tiny_stable_diffusion(), *arguments, output=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_go_on_from_those_of_another_run(tmp_path):
+    options = dict(cache=tmp_path / "cache", lora_targets=["to_q"], lora_alpha=3.0, **SMALL)
+    first = diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), output=tmp_path / "first", lora_rank=2, lr=1e-2, **options)
+    start = tmp_path / "first" / "model"
+    still = diffx.distill(  # by so little that no bit of a float32 moves
+        tiny_stable_diffusion(), METHOD, pictures(), output=tmp_path / "still", lora_rank=2, lora_start=start, lr=1e-30, **options
+    )
+    one, two = (load_file(run.folder / "model" / "pytorch_lora_weights.safetensors") for run in (first, still))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert any(value.any() for name, value in one.items() if "lora_B" in name)
+    for rank, alpha, message in ((4, 3.0, r"\(2, 16\) there, \(4, 16\) here"), (2, 2.0, "its alpha is 3")):
+        with pytest.raises(ValueError, match=f"another kind of adapter .*{message}"):
+            Networks(family_of(tiny_stable_diffusion()), METHOD, make_lora(rank, alpha, ["to_q"], start), size=(IMAGE_SIZE, IMAGE_SIZE))
+    with pytest.raises(ValueError, match="holds no LoRA that Diffusers reads"):
+        diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), output=tmp_path / "x", lora_rank=2, lora_start=tmp_path, **SMALL)
 
 
 @pytest.mark.parametrize(

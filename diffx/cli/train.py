@@ -40,6 +40,7 @@ Alpha = Annotated[float | None, typer.Option("--lora-alpha", help="Their factor 
 Targets = Annotated[
     str | None, typer.Option("--lora-targets", help="Ends of layer names, comma-separated; else the family's.", show_default=False)
 ]
+Start = Annotated[str | None, typer.Option("--lora-start", metavar="FOLDER", help="A LoRA of that kind to begin with.", show_default=False)]
 Prompts = Annotated[
     list[str] | None, typer.Option("--sample-prompt", help="Of the sample sheets; give it again for more.", show_default=False)
 ]
@@ -81,6 +82,7 @@ def _command(method: Any, example: str) -> Callable:
         lora_rank: Rank = None,
         lora_alpha: Alpha = None,
         lora_targets: Targets = None,
+        lora_start: Start = None,
         sample_prompt: Prompts = None,
         output: Output = Path("outputs/distilled" if teaches else "outputs/trained"),
         report_to: Report = None,
@@ -109,11 +111,12 @@ def _command(method: Any, example: str) -> Callable:
         rest = {name: value for name, value in chosen.items() if name not in of_method}
         targets = lora_targets.split(",") if lora_targets else None
         if dry_run:
-            found = api.cost(teacher, objective, lora=api.make_lora(lora_rank, lora_alpha, targets), **rest)
+            found = api.cost(teacher, objective, lora=api.make_lora(lora_rank, lora_alpha, targets, lora_start), **rest)
             typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
             return
         trained = (api.distill if teaches else api.train)(
-            teacher, objective, data, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=targets, sample_prompts=sample_prompt,
+            teacher, objective, data, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=targets,
+            lora_start=lora_start, sample_prompts=sample_prompt,
             output=output, device=device, report_to=report_to.split(",") if report_to else (), progress=not as_json, **rest,
         )  # fmt: skip
         if as_json:

@@ -63,6 +63,7 @@ def distill(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: Sequence[str] | None = None,
+    lora_start: str | Path | None = None,
     metric: Metric | None = None,
     sample_prompts: Sequence[str] | None = None,
     output: str | Path = "outputs/distilled",
@@ -81,7 +82,8 @@ def distill(
         data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples, and the embedded model
             has its own pictures; see ``DataConfig``.
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
-            the rank, ``lora_targets`` ends of the names of their layers (None: the family's).
+            the rank, ``lora_targets`` ends of the names of their layers (None: the family's), ``lora_start`` the folder of a LoRA of
+            that kind to begin with, such as an earlier run's.
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
             the best checkpoint is the result.
         sample_prompts: of the sample sheets.
@@ -97,7 +99,7 @@ def distill(
         raise ValueError(f"method={method!r} is no training method; pass one of diffx.objectives, such as Progressive(start=8, end=4)")
     if not method.has_teacher:
         raise ValueError(f"{type(method).__name__} has no teacher; diffx.train(model, {type(method).__name__}(...), data) trains with it")
-    lora = make_lora(lora_rank, lora_alpha, lora_targets)
+    lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_start)
     return _run(teacher, method, data, lora, metric, sample_prompts, output, device, report_to, progress, options)
 
 
@@ -109,6 +111,7 @@ def train(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: Sequence[str] | None = None,
+    lora_start: str | Path | None = None,
     metric: Metric | None = None,
     sample_prompts: Sequence[str] | None = None,
     output: str | Path = "outputs/trained",
@@ -124,7 +127,7 @@ def train(
     """
     if data is None and model not in (None, "emoji"):
         raise ValueError("data is missing: a folder of pictures, a data set, or a list of dicts with image and text")
-    lora = make_lora(lora_rank, lora_alpha, lora_targets)
+    lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_start)
     return _run(model, objective or Diffusion(), data, lora, metric, sample_prompts, output, device, report_to, progress, options)
 
 
@@ -135,18 +138,20 @@ def cost(model: Any, objective: Objective, *, lora: Lora | None = None, **option
     return cost_of(family, objective, lora, sections["train"], picture_size(family, sections["data"].resolution))
 
 
-def make_lora(rank: int | None, alpha: float | None, targets: Sequence[str] | None) -> Lora | None:
+def make_lora(
+    rank: int | None, alpha: float | None = None, targets: Sequence[str] | None = None, start: str | Path | None = None
+) -> Lora | None:
     """The adapters that are asked for.
 
     Raises:
         ValueError: an option of adapters without a rank.
     """
     if rank is None:
-        for name, value in (("lora_alpha", alpha), ("lora_targets", targets)):
+        for name, value in (("lora_alpha", alpha), ("lora_targets", targets), ("lora_start", start)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} without lora_rank, which says that adapters are trained at all")
         return None
-    return Lora(rank=rank, alpha=alpha, targets=targets)
+    return Lora(rank=rank, alpha=alpha, targets=targets, start=None if start is None else str(start))
 
 
 def split(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,15 @@ TEACHER, STUDENT, TARGET = "teacher", "student", "target"
 class Lora:
     """Low-rank adapters: ``alpha`` (None: the rank) is the factor times the rank, ``targets`` (None: the family's) ends of layer names.
 
+    ``start`` is the folder of a LoRA of the same kind whose weights they begin with; None begins with a change of nothing.
+
     Source: Hu et al. 2021 (arXiv:2106.09685) eq. 3.
     """
 
     rank: int
     alpha: float | None = None
     targets: Sequence[str] | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -190,12 +193,12 @@ def assign(goal: Tensor, value: Tensor) -> None:
 
 
 def add_adapters(network: nn.Module, roles: Sequence[str], lora: Lora, family: Family) -> None:
-    """Put one adapter per role into the network; all start with the same numbers and change nothing yet.
+    """Put one adapter per role into the network; all start with the same numbers.
 
     Raises:
-        ValueError: no layer's name ends like one of the targets.
+        ValueError: no layer's name ends like one of the targets, or ``lora.start`` holds no such adapter.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     targets = list(lora.targets or family.lora_targets)
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -209,10 +212,38 @@ def add_adapters(network: nn.Module, roles: Sequence[str], lora: Lora, family: F
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             inject_adapter_in_model(config, network, adapter_name=role)
+        if lora.start is not None:
+            set_peft_model_state_dict(network, saved_adapter(lora, network, role, family), adapter_name=role)
     for role in roles:
         for name, weight in network.named_parameters():
             if f".{role}." in name:
                 weight.requires_grad_(role not in (TEACHER, TARGET))
+
+
+def saved_adapter(lora: Lora, network: Any, role: str, family: Family) -> dict[str, Tensor]:
+    """The weights in the folder ``lora.start``, by the names of PEFT.
+
+    Raises:
+        ValueError: they do not load, or are not those of this adapter: the message says what differs.
+    """
+    from peft import get_peft_model_state_dict
+
+    assert lora.start is not None
+    try:
+        loaded: Any = type(family.pipe).lora_state_dict(lora.start, return_lora_metadata=True, local_files_only=True)
+        state, config = loaded[0], loaded[-1] or {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"lora_start={lora.start!r} holds no LoRA that Diffusers reads ({error})") from error
+    part = f"{family.network}."
+    state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    mine = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network, adapter_name=role).items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    alpha = config.get(f"{part}lora_alpha", lora.alpha or lora.rank)
+    if mine != theirs or alpha != (lora.alpha or lora.rank):
+        other = next((name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)), None)
+        differs = f"{other} is {theirs.get(other)} there, {mine.get(other)} here" if other else f"its alpha is {alpha:g}"
+        raise ValueError(f"lora_start={lora.start!r} is another kind of adapter ({differs}); give its rank, alpha and targets")
+    return state
 
 
 def use_adapter(network: nn.Module, role: str | None) -> None:
