@@ -27,9 +27,8 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 import diffx.training.api
-from diffx import glyphs
 from diffx.evaluation.compare import noise_generator
-from diffx.evaluation.emoji import GlyphEvaluator, all_prompts, parse_prompt
+from diffx.evaluation.emoji import GlyphEvaluator, seen_prompts
 from diffx.evaluation.metrics import psnr
 from diffx.evaluation.report import write_atomically
 from diffx.loading import load_pipeline
@@ -67,20 +66,10 @@ STUDENTS = {
 }
 
 
-def prompts() -> list[str]:
-    """Of glyphs and backgrounds that the teacher was trained on, none twice."""
-    shown = []
-    for prompt in all_prompts():
-        glyph, background = parse_prompt(prompt)
-        if glyph not in glyphs.held_out() and not glyphs.is_held_out_pair(glyph, background):
-            shown.append(prompt)
-    return [shown[i] for i in np.random.default_rng(SEED).permutation(len(shown))[:COUNT]]
-
-
 def draw(pipe: Any, call_kwargs: dict[str, Any]) -> torch.Tensor:
     """(COUNT, 3, 32, 32) pictures in [0, 1], picture i from noise i."""
     pipe.set_progress_bar_config(disable=True)
-    asked, made = prompts(), []
+    asked, made = seen_prompts(COUNT, seed=SEED), []
     for first in range(0, COUNT, 25):
         part = asked[first : first + 25]
         generators = [noise_generator(SEED, first + i) for i in range(len(part))]
@@ -93,7 +82,7 @@ def measure(pipe: Any, call_kwargs: dict[str, Any], goal: torch.Tensor | None) -
     start = time.perf_counter()
     images = draw(pipe, call_kwargs)
     seconds = (time.perf_counter() - start) / COUNT
-    found = {m.name: {"value": m.value, "floor": m.floor} for m in GlyphEvaluator().evaluate(images, prompts())}
+    found = {m.name: {"value": m.value, "floor": m.floor} for m in GlyphEvaluator().evaluate(images, seen_prompts(COUNT, seed=SEED))}
     if goal is not None:
         found["PSNR"] = {"value": psnr(images, goal)}
     return {"call_kwargs": call_kwargs, "seconds_per_picture": seconds, "measures": found}, images

@@ -64,7 +64,7 @@ def test_a_wrong_command_or_flag_is_exit_code_2():
 def quickstart(tmp_path_factory):
     """A whole quickstart: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    return folder, good("quickstart", "--output", folder)
+    return folder, good("quickstart", "--output", folder, "--train-steps", 2)
 
 
 def test_quickstart_writes_pictures_and_report(quickstart):
@@ -82,6 +82,18 @@ def test_quickstart_shows_the_calibrated_table_at_its_own_calls_and_nearest_to_t
     table = others.pop("emoji_calibrated_6")
     assert len(others) == 7 and table < min(others.values())
     assert f"RMS {table:.3f} to the reference" in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_quickstart_loads_its_student_in_stock_diffusers_and_distils_it_on(quickstart):
+    folder, printed = quickstart
+    assert "emoji_progressive_4 in a process that has only Diffusers: identical pixels" in printed
+    figures = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
+    for name in ("loss", "PSNR to the teacher, dB", "R-precision@1", "FD (glyph encoder)"):
+        before, after = map(float, figures[name][:2])
+        assert before != after or name == "R-precision@1", name
+    assert (folder / "student" / "model" / "pytorch_lora_weights.safetensors").is_file()
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    assert [(row["nfe"], row["batch_factor"]) for row in rows if row["sampler"] == "emoji_progressive_4"] == [(4, 1)]
 
 
 def test_quickstart_ends_with_the_table_the_pictures_and_what_to_do_next(quickstart):

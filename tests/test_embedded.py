@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diffx import glyphs
-from diffx.loading import EMBEDDED
+from diffx.loading import EMBEDDED, EMBEDDED_STUDENT
 
 STRANGER = """
 import sys
@@ -37,6 +38,19 @@ def test_the_card_says_what_was_measured():
         for name, figure in block["measures"].items():
             assert re.search(rf"{re.escape(name)} \| {figure['value']:.3f} \| {figure['vae']:.3f} \| {figure['floor']:.3f} \|", card)
     assert (EMBEDDED / "samples.png").exists()
+
+
+def test_the_students_card_has_the_figures_of_the_benchmark():
+    """Parts of ``benchmarks/distillation.py``, rounded as the card prints them."""
+    card = (EMBEDDED_STUDENT / "README.md").read_text()
+    for part, first in (("teacher-50", "the model | 50"), ("teacher-4", "the model | 4"), ("teacher-2", "the model | 2"),
+                        ("progressive-lora", "**this student** | 4")):  # fmt: skip
+        found = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "distillation" / "parts" / f"{part}.json").read_text())["measures"]
+        (line,) = [line for line in card.splitlines() if line.startswith(f"| {first} |")]
+        figures = [found["FD (glyph encoder)"]["value"], found["R-precision@1"]["value"]]
+        assert all(f"{value:.3f} |" in line for value in figures), line
+        assert "PSNR" not in found or f"{found['PSNR']['value']:.1f} dB" in line
+    assert (EMBEDDED_STUDENT / "pytorch_lora_weights.safetensors").stat().st_size < 2e6
 
 
 def test_nothing_held_out_is_in_the_training_renderings():

@@ -197,6 +197,13 @@ def test_call_arguments_lie_beside(tmp_path):
     assert json.loads((export(nets, inference, tmp_path / "out") / CALL_KWARGS).read_text()) == inference.call_kwargs
 
 
+def test_others_may_read_it(tmp_path):
+    """Weights that safetensors writes are for their owner alone, and models lie in folders that many use."""
+    nets, inference = untrained(tiny_stable_diffusion())
+    files = [file for file in export(nets, inference, tmp_path / "out").rglob("*") if file.is_file()]
+    assert files and all(file.stat().st_mode & 0o444 == 0o444 for file in files)
+
+
 # bad input, and what a failure leaves
 
 

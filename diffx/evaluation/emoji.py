@@ -118,6 +118,16 @@ def all_prompts() -> list[str]:
     return [glyphs.Rendering(glyph, background).caption() for glyph in range(len(glyphs.names())) for background in glyphs.BACKGROUNDS]
 
 
+def seen_prompts(count: int, *, seed: int) -> list[str]:
+    """``count`` different captions of glyphs and backgrounds that the embedded model was trained on."""
+    shown = []
+    for prompt in all_prompts():
+        glyph, background = parse_prompt(prompt)
+        if glyph not in glyphs.held_out() and not glyphs.is_held_out_pair(glyph, background):
+            shown.append(prompt)
+    return [shown[i] for i in np.random.default_rng(seed).permutation(len(shown))[:count]]
+
+
 def render(prompts: Sequence[str], *, seed: int, per_prompt: int = 1) -> Tensor:
     """(len(prompts) * per_prompt, 3, 32, 32) in [0, 1]: random renderings of each prompt, prompt by prompt.
 

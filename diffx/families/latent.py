@@ -30,11 +30,13 @@ class LatentFamily(Family):
     def encode_images(self, images: Tensor) -> Tensor:
         vae, config = self.pipe.vae, self.pipe.vae.config
         kept = vae.dtype
-        if config.force_upcast:  # in half precision these overflow; there and back again changes no weight
+        upcast = config.force_upcast and kept != torch.float32
+        if upcast:  # in half precision these overflow; there and back again changes no weight
             vae.to(torch.float32)
         # The mean, not a sample: the posterior is narrow, and a cache of means is the same for every seed.
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean.float()
-        vae.to(kept)
+        if upcast:
+            vae.to(kept)
         if config.latents_mean is not None and config.latents_std is not None:
             mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (config.latents_mean, config.latents_std))
             return (latents - mean) / std * config.scaling_factor

@@ -171,6 +171,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         made.mkdir()
         yield made
+        for file in made.rglob("*.safetensors"):
+            file.chmod(0o644)  # which safetensors writes for the user's eyes alone
         if folder.exists():
             os.replace(folder, old)
         try:
