@@ -24,7 +24,7 @@ import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline
 
 import diffx.training.api
 from diffx.evaluation.compare import noise_generator
@@ -59,6 +59,9 @@ STUDENTS = {
     "progressive-4": Student(Progressive(start=8, end=4), 350, dict(lr=3e-4, lr_schedule="linear"), "progressive-8"),
     "progressive-2": Student(Progressive(start=4, end=2), 350, dict(lr=3e-4, lr_schedule="linear"), "progressive-4"),
     "progressive-1": Student(Progressive(start=2, end=1), 500, dict(lr=3e-4, lr_schedule="linear"), "progressive-2"),
+    "progressive-lora": Student(
+        Progressive(start=16, end=4, guidance_scale=GUIDANCE), 700, dict(lr=1e-3, lora_rank=8, lr_schedule="linear")
+    ),
     "lcm": Student(LCM(calls=4, guidance_range=(2.0, 5.0), guidance_scale=GUIDANCE), 450, dict(lr=2e-4)),
     "lcm-lora": Student(LCM(calls=4, guidance_range=FIXED, guidance_scale=GUIDANCE), 600, dict(lr=5e-4, lora_rank=8, lr_schedule="cosine")),
     "pcm": Student(PCM(calls=4, guidance_range=FIXED, guidance_scale=GUIDANCE, embed_guidance=False), 500, dict(lr=2e-4)),
@@ -113,7 +116,8 @@ def load(folder: Path) -> Any:
         return DiffusionPipeline.from_pretrained(folder)
     pipe = load_pipeline(device="cpu")
     pipe.load_lora_weights(folder)
-    pipe.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    pipe.scheduler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
     return pipe
 
 
