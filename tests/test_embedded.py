@@ -45,7 +45,9 @@ def test_the_students_card_has_the_figures_of_the_benchmark():
     card = (EMBEDDED_STUDENT / "README.md").read_text()
     for part, first in (("teacher-50", "the model | 50"), ("teacher-4", "the model | 4"), ("teacher-2", "the model | 2"),
                         ("progressive-lora", "**this student** | 4")):  # fmt: skip
-        found = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "distillation" / "parts" / f"{part}.json").read_text())["measures"]
+        found = json.loads(
+            (Path(__file__).parent.parent / "benchmarks" / "results" / "distillation" / "parts" / f"{part}.json").read_text()
+        )["measures"]
         (line,) = [line for line in card.splitlines() if line.startswith(f"| {first} |")]
         figures = [found["FD (glyph encoder)"]["value"], found["R-precision@1"]["value"]]
         assert all(f"{value:.3f} |" in line for value in figures), line

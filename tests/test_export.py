@@ -16,7 +16,7 @@ from test_families import SIZE, tiny_unet2d, tiny_v_prediction
 
 import diffx
 from diffx.families import family_of
-from diffx.objectives import Inference, Progressive
+from diffx.objectives import DMD2, LCM, PCM, Diffusion, Guidance, Inference, Objective, Progressive
 from diffx.testing import call_inputs, tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
 from diffx.training.config import TrainConfig
 from diffx.training.export import CALL_KWARGS, KOHYA, export, merged, replacing
@@ -45,13 +45,13 @@ class Noise:
         return x0, self.family.encode_condition(told.get("prompt"), labels, size=SIZE)
 
 
-def trained(pipe, lora: Lora | None = None, **options) -> tuple[Networks, Inference]:
-    """Two updates of progressive distillation to two calls, at a rate that shows in pictures."""
-    family, objective = family_of(pipe), Progressive(start=4, end=2, **options)
+def trained(pipe, lora: Lora | None = None, objective: Objective | None = None, **options) -> tuple[Networks, Inference]:
+    """Two updates of a method, or of progressive distillation to two calls, at a rate that shows in pictures."""
+    family, objective = family_of(pipe), objective or Progressive(start=4, end=2, **options)
     nets = Networks(family, objective, lora, size=SIZE)
     config = TrainConfig(train_steps=2, batch_size=2, lr=0.02)
     assert len(list(Training(nets, Noise(family), config, Accelerator(cpu=True)).steps())) == 2
-    return nets, objective.inference(family)
+    return nets, nets.objective.inference(family)
 
 
 def made_by(pipe, call_kwargs: dict[str, Any]) -> np.ndarray:
@@ -139,6 +139,41 @@ def test_stock_diffusers_makes_the_same_pictures(tmp_path, names):
         stock.add(f"{name}-merged", ours, export(nets, inference, tmp_path / f"{name}-merged", "merged"), inference.call_kwargs)
     differences = stock.differences()
     assert len(differences) == (9 if names == FAST else 13)
+    assert differences == dict.fromkeys(differences, 0.0)
+
+
+METHODS = {
+    "train base": Diffusion(),
+    "lcm": LCM(calls=2, teacher_steps=4),
+    "pcm": PCM(calls=2, teacher_steps=4),
+    "dmd2": DMD2(calls=1, fake_steps=1),
+    "guidance": Guidance(guidance_scale=2.0, calls=4),
+}
+REFUSED = {("guidance", "unet2d"): "cannot be guided"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_every_family_and_stock_diffusers_makes_the_same_pictures(tmp_path, method):
+    """What the README's table of methods and families calls "runs and reloads"; progressive has the test above."""
+    stock = Stock(tmp_path)
+    for name, build in BUILDS.items():
+        if (method, name) in REFUSED:
+            with pytest.raises(ValueError, match=REFUSED[method, name]):
+                trained(build(), objective=METHODS[method])
+            continue
+        for lora in (None, ADAPTER):
+            nets, inference = trained(build(), lora, METHODS[method])
+            if lora and not nets.family.loads_lora:
+                continue
+            base = None
+            if lora:
+                build().save_pretrained(base := tmp_path / f"{name}-base")
+                use_adapter(nets.family.base, nets.exported())
+            ours = nets.family.pipeline(nets.modules[nets.exported()], inference.scheduler)
+            form = "lora" if lora else "full"
+            stock.add(f"{name}-{form}", ours, export(nets, inference, tmp_path / f"{name}-{form}"), inference.call_kwargs, base=base)
+    differences = stock.differences()
     assert differences == dict.fromkeys(differences, 0.0)
 
 
