@@ -1,0 +1,52 @@
+"""Control images: ``get("canny")(picture)`` draws one, and ``get("canny").error(control_image, other)`` says how far a picture is from it.
+
+Every hint is one call, ``hint(image, *, at=None) -> image``: PIL in, PIL (RGB) out, as large as the picture or ``at``, the same
+each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any
+
+from .hint import Hint, to_pixels
+from .metrics import edge_f1
+
+__all__ = ["Hint", "edge_f1", "get", "names", "to_pixels"]
+
+# Name -> its file and class. Imported on first use, so that a hint costs what it needs itself.
+_HINTS = {
+    "canny": ("edges", "Canny"),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that ``get`` knows."""
+    return tuple(_HINTS)
+
+
+def get(name: str, **options: Any) -> Hint:
+    """The hint of that name.
+
+    Args:
+        options: fields of its class: ``get("canny", sigma=0.5)``.
+
+    Raises:
+        ValueError: there is no such hint or option, the message names the nearest; or an option has a value that is not allowed.
+    """
+    if name not in _HINTS:
+        raise ValueError(f"unknown hint {name!r}; the nearest is {_nearest(name, _HINTS)!r}; there are {', '.join(_HINTS)}")
+    module, cls = _HINTS[name]
+    kind: type[Hint] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+    known = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]  # every hint is a dataclass
+    for option in options:
+        if option not in known:
+            nearest = f"; the nearest is {_nearest(option, known)!r}; it has {', '.join(known)}" if known else "; it has none"
+            raise ValueError(f"the hint {name!r} has no option {option!r}{nearest}")
+    return kind(**options)
+
+
+def _nearest(word: str, known: Any) -> str:
+    return difflib.get_close_matches(word, known, 1, 0.0)[0]
