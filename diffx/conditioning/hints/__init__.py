@@ -19,6 +19,18 @@ __all__ = ["Hint", "edge_f1", "get", "names", "to_pixels"]
 # Name -> its file and class. Imported on first use, so that a hint costs what it needs itself.
 _HINTS = {
     "canny": ("edges", "Canny"),
+    "softedge": ("edges", "SoftEdge"),
+    "scribble": ("edges", "Scribble"),
+    "lineart": ("edges", "LineArt"),
+    "regions": ("regions", "Regions"),
+    "segmentation": ("regions", "Segmentation"),
+    "objects": ("regions", "Objects"),
+    "depth": ("depth", "Depth"),
+    "normals": ("depth", "Normals"),
+    "openpose": ("pose", "OpenPose"),
+    "tile": ("colours", "Tile"),
+    "colour": ("colours", "Colour"),
+    "shuffle": ("colours", "Shuffle"),
 }
 
 
