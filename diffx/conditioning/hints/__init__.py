@@ -7,11 +7,11 @@ each time.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from typing import Any
 
-from .hint import Hint, to_pixels
+from .bridge import DETECTORS, PREFIX, Bridge
+from .hint import Hint, spelled_like, to_pixels
 from .metrics import edge_f1
 
 __all__ = ["Hint", "edge_f1", "get", "names", "to_pixels"]
@@ -35,30 +35,34 @@ _HINTS = {
 
 
 def names() -> tuple[str, ...]:
-    """The names that ``get`` knows."""
-    return tuple(_HINTS)
+    """The names that ``get`` knows: our own, and controlnet-aux's detectors, installed or not."""
+    return (*_HINTS, *(PREFIX + detector for detector in DETECTORS))
 
 
 def get(name: str, **options: Any) -> Hint:
     """The hint of that name.
 
     Args:
-        options: fields of its class: ``get("canny", sigma=0.5)``.
+        name: one of ``names()``.
+        options: fields of its class, ``get("canny", sigma=0.5)``; for a detector of controlnet-aux weights, device, and whatever its
+            own class takes.
 
     Raises:
         ValueError: there is no such hint or option, the message names the nearest; or an option has a value that is not allowed.
     """
+    if name.startswith(PREFIX):
+        return Bridge(name.removeprefix(PREFIX), **options)
     if name not in _HINTS:
-        raise ValueError(f"unknown hint {name!r}; the nearest is {_nearest(name, _HINTS)!r}; there are {', '.join(_HINTS)}")
+        raise ValueError(
+            f"unknown hint {name!r}; the nearest is {spelled_like(name, names())!r}; there are {', '.join(_HINTS)}, "
+            f"and controlnet-aux's as {PREFIX}ClassName"
+        )
     module, cls = _HINTS[name]
     kind: type[Hint] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
     known = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]  # every hint is a dataclass
     for option in options:
         if option not in known:
-            nearest = f"; the nearest is {_nearest(option, known)!r}; it has {', '.join(known)}" if known else "; it has none"
-            raise ValueError(f"the hint {name!r} has no option {option!r}{nearest}")
+            raise ValueError(
+                f"the hint {name!r} has no option {option!r}; the nearest is {spelled_like(option, known)!r}; it has {', '.join(known)}"
+            )
     return kind(**options)
-
-
-def _nearest(word: str, known: Any) -> str:
-    return difflib.get_close_matches(word, known, 1, 0.0)[0]

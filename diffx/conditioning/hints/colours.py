@@ -105,5 +105,5 @@ class Shuffle(Hint):
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
-    channels = [Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size[::-1], how) for c in range(3)]  # 32-bit floats
+    channels = [Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize((size[1], size[0]), how) for c in range(3)]  # 32-bit floats
     return np.stack([np.asarray(channel) for channel in channels], -1).clip(0, 1)

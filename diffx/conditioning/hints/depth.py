@@ -98,11 +98,23 @@ def predict_depth(pixels: np.ndarray, model: Any, tells: Tells | None, device: s
     """What a network tells of a picture (H, W, 3) in [0, 1], as (H, W), and what that is."""
     network = load(model, device, "AutoModelForDepthEstimation")
     outputs, _ = network(pixels)
-    size = [pixels.shape[:2]]
-    padded = {"source_sizes": size} if network.config.model_type == "zoedepth" else {}
-    (found,) = network.processor.post_process_depth_estimation(outputs, target_sizes=size, **padded)
+    height, width = pixels.shape[:2]
+    if network.config.model_type == "zoedepth":
+        depth = _without_padding(outputs.predicted_depth, height, width)
+    else:
+        (found,) = network.processor.post_process_depth_estimation(outputs, target_sizes=[(height, width)])
+        depth = found["predicted_depth"]
     distance = network.config.model_type in METRIC or getattr(network.config, "depth_estimation_type", "relative") == "metric"
-    return found["predicted_depth"].squeeze().double().numpy(), tells or ("distance" if distance else "inverse")
+    return depth.reshape(height, width).double().cpu().numpy(), tells or ("distance" if distance else "inverse")
+
+
+def _without_padding(depth: Any, height: int, width: int) -> Any:
+    """What ZoeDepth's own post-processing does, which in transformers needs torchvision: its processor padded the picture."""
+    from torch.nn.functional import interpolate
+
+    rows, columns = int(np.sqrt(height / 2) * 3), int(np.sqrt(width / 2) * 3)
+    whole = interpolate(depth[:, None], (height + 2 * rows, width + 2 * columns), mode="bicubic", align_corners=False)
+    return whole[..., rows : rows + height, columns : columns + width]
 
 
 def paint_depth(depth: np.ndarray, *, tells: Tells = "inverse") -> np.ndarray:
@@ -125,9 +137,7 @@ def paint_depth(depth: np.ndarray, *, tells: Tells = "inverse") -> np.ndarray:
     return np.nan_to_num((depth - far) / (near - far) if near > far else np.where(np.isnan(depth), np.nan, 0.5))
 
 
-def normals_from_depth(
-    depth: np.ndarray, *, focal: float | None = None, centre: tuple[float, float] | None = None
-) -> np.ndarray:
+def normals_from_depth(depth: np.ndarray, *, focal: float | None = None, centre: tuple[float, float] | None = None) -> np.ndarray:
     """(H, W, 3) unit normals that face the viewer, by central differences of the surface's points (one-sided at the border).
 
     Planes are exact, with and without perspective; the error on smooth surfaces falls as the square of the pixels' size. Where

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -80,3 +82,8 @@ def to_image(drawn: np.ndarray) -> Image.Image:
     """A picture in mode RGB of (H, W) or (H, W, 3), boolean or in [0, 1]."""
     levels = np.rint(drawn.astype(np.float32) * 255).astype(np.uint8)
     return Image.fromarray(levels).convert("RGB")
+
+
+def spelled_like(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most like ``word``; for messages."""
+    return difflib.get_close_matches(word, list(known), 1, 0.0)[0]

@@ -24,9 +24,12 @@ def check_source(hint: str, model: str | Path | None, examples: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise ValueError(f"the folder {str(model)!r} of the hint {hint!r} has no config.json (it holds {found}); give that of {examples}")
+            raise ValueError(
+                f"the folder {str(model)!r} of the hint {hint!r} has no config.json (it holds {found}); give that of {examples}"
+            )
     elif not HUB_ID.fullmatch(str(model)):
         raise ValueError(f"model {str(model)!r} of the hint {hint!r} is no folder here, and a Hub id has the form owner/name")
+
 
 # Weights that no output depends on, and that published checkpoints lack: poolers; the residual that DPT's first fusion has not.
 UNUSED = re.compile(r"(^|\.)pooler\.|fusion_stage\.layers\.0\.residual_layer1\.")
@@ -37,22 +40,22 @@ class Network:
     """A network with the processor that feeds it.
 
     Args:
-        auto: classes of transformers that load by config, of which the first that knows the config is taken.
+        classes: of transformers, by name; the first that knows the model's config is taken.
 
     Raises:
         ValueError: it does not load, lacks weights, or is of another task.
     """
 
-    def __init__(self, model: str | Path, device: str | None, *auto: str) -> None:
+    def __init__(self, model: str | Path, device: str | None, *classes: str) -> None:
         import transformers
 
         source = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else str(model)
         try:
             config = transformers.AutoConfig.from_pretrained(source)
-            fitting = [getattr(transformers, name) for name in auto]
-            fitting = [cls for cls in fitting if type(config) in cls._model_mapping]
+            fitting = [getattr(transformers, name) for name in classes]
+            fitting = [cls for cls in fitting if _knows(cls, config)]
             if not fitting:
-                raise ValueError(f"a {config.model_type!r} model is none for {' or '.join(auto)}")
+                raise ValueError(f"a {config.model_type!r} model is none for {' or '.join(classes)}")
             options: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True)
             network, info = fitting[0].from_pretrained(source, **options)
             self.processor: Any = transformers.AutoProcessor.from_pretrained(source)
@@ -65,21 +68,31 @@ class Network:
         self.config: Any = network.config
         self.network: Any = network.to(self.device).eval().requires_grad_(False)
 
-    def __call__(self, pixels: np.ndarray, **fed: Any) -> tuple[Any, Any]:
-        """The network's outputs for a picture (H, W, 3) in [0, 1], on the host, and what it was fed.
+    def __call__(self, pixels: np.ndarray, told: dict[str, Any] | None = None, **asked: Any) -> tuple[Any, Any]:
+        """The network's outputs for a picture (H, W, 3) in [0, 1], and its inputs.
 
-        ``fed`` goes to the processor.
+        Args:
+            told: further inputs of the network.
+            asked: further arguments of the processor, which makes inputs of them.
         """
         import torch
 
         levels = np.rint(pixels * 255).astype(np.uint8)
-        inputs = self.processor(images=levels, return_tensors="pt", **fed)
+        inputs = self.processor(images=levels, return_tensors="pt", **asked).to(self.device)
+        fed = {key: value for key, value in inputs.items() if key not in NOT_FED}
         with torch.no_grad():
-            outputs = self.network(**{key: value for key, value in inputs.to(self.device).items() if key not in NOT_FED})
-        return type(outputs)(**{key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in outputs.items()}), inputs
+            return self.network(**fed, **(told or {})), inputs
+
+
+def _knows(cls: Any, config: Any) -> bool:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    if not issubclass(cls, _BaseAutoModelClass):
+        return isinstance(config, cls.config_class)
+    return cls._model_mapping is not None and type(config) in cls._model_mapping
 
 
 @functools.lru_cache(maxsize=4)
-def load(model: str | Path, device: str | None, *auto: str) -> Network:
+def load(model: str | Path, device: str | None, *classes: str) -> Network:
     """``Network``, the same one for the same arguments."""
-    return Network(model, device, *auto)
+    return Network(model, device, *classes)

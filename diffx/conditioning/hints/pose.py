@@ -63,12 +63,17 @@ class OpenPose(Hint):
 
     def keypoints(self, pixels: np.ndarray) -> np.ndarray:
         """(P, 18, 2) as ``draw_poses`` takes them, of a picture (H, W, 3) in [0, 1]."""
+        import torch
+
         assert self.model is not None  # __post_init__
         boxes = self._boxes(pixels)
         if not len(boxes):
             return np.empty((0, len(KEYPOINTS), 2))
         network = load(self.model, self.device, "VitPoseForPoseEstimation")
-        outputs, _ = network(pixels, boxes=[boxes])
+        experts = network.config.backbone_config.num_experts > 1  # ViTPose+: one for each data set it learned; the first is COCO's
+        told = {"dataset_index": torch.zeros(len(boxes), dtype=torch.long, device=network.device)} if experts else {}
+        outputs, _ = network(pixels, told, boxes=[boxes])
+        outputs.heatmaps = outputs.heatmaps.cpu()
         (found,) = network.processor.post_process_pose_estimation(outputs, boxes=[boxes])
         people = [np.where(person["scores"][:, None] >= self.sure, person["keypoints"], np.nan) for person in found]
         return openpose_from_coco(np.stack(people))
@@ -88,7 +93,7 @@ class OpenPose(Hint):
             raise ValueError(f"the detector {str(self.people)!r} knows no label 'person'; give one that was trained on COCO")
         outputs, _ = network(pixels)
         (found,) = network.processor.post_process_object_detection(outputs, target_sizes=[(height, width)], threshold=self.sure)
-        corners = found["boxes"][found["labels"] == persons[0]].double().numpy()
+        corners = found["boxes"][found["labels"] == persons[0]].double().cpu().numpy()
         return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
 
 

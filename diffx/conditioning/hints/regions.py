@@ -85,7 +85,7 @@ class Segmentation(Hint):
         network = load(self.model, self.device, "AutoModelForSemanticSegmentation", "AutoModelForUniversalSegmentation")
         outputs, _ = network(pixels)
         (labels,) = network.processor.post_process_semantic_segmentation(outputs, target_sizes=[pixels.shape[:2]])
-        return paint_labels(labels.numpy())
+        return paint_labels(labels.cpu().numpy())
 
     def distance(self, one: np.ndarray, two: np.ndarray) -> float:
         """1 - ``mean_iou`` of the classes."""
@@ -127,9 +127,9 @@ class Objects(Hint):
         at = (np.arange(self.points) + 0.5) / self.points
         grid = [[[float(x * width), float(y * height)]] for y in at for x in at]
         outputs, fed = network(pixels, input_points=[grid])
-        sizes = fed["original_sizes"], fed["reshaped_input_sizes"]
-        (masks,) = network.processor.image_processor.post_process_masks(outputs.pred_masks, *sizes)  # (points, answers, H, W)
-        quality = outputs.iou_scores[0].double().numpy()
+        sizes = fed["original_sizes"].cpu(), fed["reshaped_input_sizes"].cpu()
+        (masks,) = network.processor.image_processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)  # (points, answers, H, W)
+        quality = outputs.iou_scores[0].double().cpu().numpy()
         best = quality.argmax(-1)
         rows = np.arange(len(best))
         return paint_labels(stacked(masks.numpy()[rows, best], quality[rows, best], sure=self.sure, same=self.same), background=0)
