@@ -164,6 +164,7 @@ def normals_from_depth(depth: np.ndarray, *, focal: float | None = None, centre:
         points = depth[..., None] * np.stack([(columns - u) / focal, (v - rows) / focal, -np.ones_like(depth)], -1)
     along_u, along_v = np.gradient(points, axis=1), np.gradient(points, axis=0)
     normals = np.cross(along_v, along_u)  # rows run down, so that this points to the viewer
+    normals[np.isnan(depth)] = np.nan
     return normals / np.linalg.norm(normals, axis=-1, keepdims=True)
 
 

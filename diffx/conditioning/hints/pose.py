@@ -73,7 +73,6 @@ class OpenPose(Hint):
         experts = network.config.backbone_config.num_experts > 1  # ViTPose+: one for each data set it learned; the first is COCO's
         told = {"dataset_index": torch.zeros(len(boxes), dtype=torch.long, device=network.device)} if experts else {}
         outputs, _ = network(pixels, told, boxes=[boxes])
-        outputs.heatmaps = outputs.heatmaps.cpu()
         (found,) = network.processor.post_process_pose_estimation(outputs, boxes=[boxes])
         people = [np.where(person["scores"][:, None] >= self.sure, person["keypoints"], np.nan) for person in found]
         return openpose_from_coco(np.stack(people))
@@ -100,10 +99,11 @@ class OpenPose(Hint):
 def draw_poses(keypoints: np.ndarray, size: tuple[int, int], *, thickness: float = 4.0) -> np.ndarray:
     """(H, W, 3) uint8: people as OpenPose's 18 keypoints and 17 limbs on black, later people on top.
 
-    A limb is the ellipse between its keypoints, at 0.6 of its colour, ``thickness`` wide on either side; a keypoint is a disk of that
-    radius. A pixel is painted where its centre, which has whole coordinates, is inside or on the rim.
+    A limb is the ellipse between its keypoints, ``thickness`` wide on either side, at 0.6 of its colour; a keypoint is a disk of that
+    radius. A pixel is painted where its centre, which has whole coordinates, lies in the disk, or in the ellipse with semi-axes half a
+    pixel longer: the rim is painted, too, as by ControlNet's preprocessor (OpenCV's polygons, whose corners are rounded to pixels).
 
-    Source: Cao et al. 2018 (arXiv:1812.08008); drawn as ControlNet's preprocessor draws it, whose corners are rounded to pixels.
+    Source: Cao et al. 2018 (arXiv:1812.08008); colours and widths are ControlNet's.
 
     Args:
         keypoints: (P, 18, 2), x and y in pixels in the order of ``KEYPOINTS``; NaN where one is not seen. It may lie outside.
@@ -127,8 +127,8 @@ def draw_poses(keypoints: np.ndarray, size: tuple[int, int], *, thickness: float
             length = np.hypot(x1 - x0, y1 - y0)
             if length > 0:  # neither NaN nor one point
                 dx, dy, cos, sin = x - (x0 + x1) / 2, y - (y0 + y1) / 2, (x1 - x0) / length, (y1 - y0) / length
-                inside = ((cos * dx + sin * dy) / (length / 2)) ** 2 + ((cos * dy - sin * dx) / thickness) ** 2 <= 1
-                canvas[inside] = [int(level * LIMB_LIGHT) for level in colour]
+                along, across = (cos * dx + sin * dy) / (length / 2 + 0.5), (cos * dy - sin * dx) / (thickness + 0.5)
+                canvas[along**2 + across**2 <= 1] = [int(level * LIMB_LIGHT) for level in colour]
         for (px, py), colour in zip(person, COLOURS):
             canvas[(x - px) ** 2 + (y - py) ** 2 <= thickness**2] = colour  # nowhere where it is NaN
     return canvas
