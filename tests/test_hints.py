@@ -579,8 +579,8 @@ def test_importing_hints_is_cheap():
         "cost = time.process_time() - start; new = {name.split('.')[0] for name in set(sys.modules) - before};"
         "assert not new & {'skimage', 'scipy', 'transformers', 'torchvision', 'cv2', 'controlnet_aux'}, new; print(cost)"
     )
-    costs = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2)]
-    assert min(costs) < 0.3, "CPU-seconds beyond `import diffx`"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3, "CPU-seconds beyond `import diffx`"
 
 
 def test_the_command_writes_all_and_a_sheet(tmp_path, networks):
@@ -596,14 +596,15 @@ def test_the_command_writes_all_and_a_sheet(tmp_path, networks):
     with Image.open(tmp_path / "out" / "canny.png") as drawn:
         assert drawn.tobytes() == hints.get("canny")(glyph(4)).tobytes()
     with Image.open(tmp_path / "out" / "sheet.png") as drawn:
-        assert drawn.size == (4 * 256 + 12, 3 * (256 + 18) - 4), "eleven pictures in rows of four"
+        rows = -(-(len(found["hints"]) + 1) // 4)
+        assert drawn.size == (4 * (256 + 4) - 4, rows * (256 + 18) - 4), "in rows of four, the picture first, enlarged, with names"
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
         (["--only", "cany"], "'canny'"), (["--only", "depth"], "needs a network"), (["--depth", "/no/such/folder"], "no folder here"),
-        (["--only", "controlnet-aux:HEDdetector"], "controlnet-aux"), (["--at", "0", "64"], "(height, width)"),
+        (["--only", "controlnet-aux:HEDetector"], "'HEDdetector'"), (["--at", "0", "64"], "(height, width)"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_before_it_writes(words, said, tmp_path):
