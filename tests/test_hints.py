@@ -288,7 +288,7 @@ def test_depth_is_what_transformers_pipeline_tells(name, networks, photo):
     )  # their post-processing is float32
 
 
-def test_metric_depth_is_turned_round(networks, photo):
+def test_distances_are_turned_round(networks, photo):
     folder = save("zoedepth", networks)
     found, tells = depth.predict_depth(pixels(photo), folder, None, None)
     assert tells == "distance" and found.shape == (96, 130)
@@ -341,14 +341,35 @@ def test_palette_is_ade20ks():
 
 
 def test_stacked_masks():
-    masks = np.zeros((5, 6, 6), bool)
-    masks[0, :, :4], masks[1, 1:3, 1:3], masks[2, 1:3, 1:3], masks[3, 5, 5] = True, True, True, True
-    masks[2, 1, 3] = True  # nearly mask 1, and less sure
-    labels = regions.stacked(masks, np.array([0.9, 0.95, 0.9, 0.5, 0.9]), sure=0.8, same=0.7)
+    masks = np.zeros((4, 6, 6), bool)
+    masks[1, :, :4], masks[2, 1:3, 1:3], masks[3, 1:3, 1:3] = True, True, True
+    masks[3, 1, 3] = True  # nearly mask 2, and worse; 0 is empty
+    labels = regions.stacked(masks, np.array([1, 0.9, 0.95, 0.9]), same=0.7)
     expected = np.zeros((6, 6), int)
     expected[:, :4] = 1
     expected[1:3, 1:3] = 2
-    np.testing.assert_array_equal(labels, expected)  # 3 is unsure, 4 empty
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_objects_are_the_networks_best_answers_at_a_grid_of_points(networks, photo):
+    folder = save("sam", networks)
+    network = transformers.SamModel.from_pretrained(folder).eval()
+    processor = transformers.SamProcessor.from_pretrained(folder)
+    expected = np.zeros((96, 130), bool)
+    for point in ([32.5, 24], [97.5, 24], [32.5, 72], [97.5, 72]):  # x, y
+        inputs = processor(photo, input_points=[[point]], return_tensors="pt")
+        with torch.no_grad():
+            outputs = network(**{key: inputs[key] for key in ("pixel_values", "input_points")})
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        (masks,) = processor.image_processor.post_process_masks(outputs.pred_masks, *sizes)
+        expected |= masks[0, outputs.iou_scores[0, 0].argmax()].numpy()
+    assert 0 < expected.mean() < 1
+    drawn = np.asarray(hints.get("objects", model=folder, points=2, sure=-9, same=1.0)(photo))
+    np.testing.assert_array_equal(drawn.any(-1), expected)
+
+
+def test_sam_shows_nothing_where_it_is_unsure(networks, photo):
+    assert not np.asarray(hints.get("objects", model=save("sam", networks), points=2, sure=1e9)(photo)).any()
 
 
 def test_iou_and_covering_by_hand():
@@ -481,6 +502,41 @@ def test_unknown_names_and_options():
 @pytest.mark.parametrize(
     "name, options",
     [
+        ("canny", {"sigma": 3}), ("canny", {"low": 0.4}), ("canny", {"high": 3}), ("softedge", {"sigma": 2}), ("scribble", {"sigma": 4}),
+        ("scribble", {"low": 0.4}), ("scribble", {"high": 3}), ("scribble", {"width": 5}), ("lineart", {"sigma": 2}),
+        ("lineart", {"least": 0.3}), ("regions", {"num_segments": 9}), ("regions", {"compactness": 1}), ("tile", {"factor": 8}),
+        ("colour", {"cells": 5}), ("shuffle", {"waves": 4}), ("shuffle", {"seed": 1}),
+    ],
+)  # fmt: skip
+def test_every_option_changes_something(name, options, photo):
+    assert hints.get(name, **options)(photo).tobytes() != hints.get(name)(photo).tobytes()
+
+
+@pytest.mark.parametrize(
+    "name, model, options",
+    [
+        ("depth", "dpt", {"tells": "distance"}), ("normals", "dpt", {"tells": "distance"}), ("normals", "dpt", {"relief": 2.0}),
+        ("normals", "zoedepth", {"focal": 0.2}), ("normals", "dpt", {"red": "right"}), ("objects", "sam", {"points": 5, "sure": -9}),
+        ("objects", "sam", {"sure": -9}), ("objects", "sam", {"sure": -9, "same": 0}), ("openpose", "vitpose", {"thickness": 1, "sure": 0}),
+        ("openpose", "vitpose", {"sure": 0}), ("openpose", "vitpose", {"people": "rt_detr", "sure": 0}),
+    ],
+)  # fmt: skip
+def test_every_option_of_networks_changes_something(name, model, options, networks, photo):
+    near = dict(list(options.items())[1:])  # without the first
+    drawn = [with_network(name, {"model": model, **some}, networks).draw(pixels(photo)) for some in (options, near)]
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_tolerance_forgives(photo):
+    moved = Image.fromarray(np.roll(np.asarray(photo), 1, 1))
+    for name in ("canny", "softedge", "scribble", "lineart"):
+        strict, mild = (hints.get(name, tolerance=tolerance) for tolerance in (0, 1))
+        assert mild.error(mild(photo), moved) < 0.5 * strict.error(strict(photo), moved)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
         ("canny", {"sigma": -1}), ("canny", {"low": 0.5}), ("canny", {"tolerance": -1}), ("softedge", {"sigma": 0}),
         ("scribble", {"width": 2}), ("lineart", {"least": 1}), ("regions", {"num_segments": 0}),
         ("tile", {"factor": 0.5}), ("colour", {"cells": 0}),
@@ -542,6 +598,9 @@ def test_pictures_that_are_none(photo):
     for at in ((0, 5), (5,), (5.0, 5.0), (-1, 4)):
         refused(lambda at=at: canny(photo, at=at), "height", "96")
     refused(lambda: canny.error(canny(photo, at=(48, 64)), photo), "64 x 48", "130 x 96", "at=")
+    refused(lambda: canny.error(photo, canny(photo)), "no canny hint", "colours")
+    refused(lambda: canny.error(Image.new("F", (8, 8)), photo.resize((8, 8))), "mode 'F'")
+    assert hints.get("colour").error(photo, photo) > 0, "here colours are what is meant"
 
 
 def test_metrics_refuse_what_is_no_map():

@@ -17,6 +17,7 @@ from .models import check_source, load
 
 EXAMPLES = "depth-anything/Depth-Anything-V2-Small-hf, Intel/dpt-large or Intel/zoedepth-nyu-kitti"
 METRIC = ("zoedepth", "glpn", "depth_pro", "prompt_depth_anything")  # model types that tell metres; the others tell inverse depth
+LEAST = 1e-3  # metres; bicubic enlarging overshoots, even below 0
 Tells = Literal["inverse", "distance"]
 
 
@@ -102,10 +103,11 @@ def predict_depth(pixels: np.ndarray, model: Any, tells: Tells | None, device: s
     if network.config.model_type == "zoedepth":
         depth = _without_padding(outputs.predicted_depth, height, width)
     else:
-        (found,) = network.processor.post_process_depth_estimation(outputs, target_sizes=[(height, width)])
-        depth = found["predicted_depth"]
-    distance = network.config.model_type in METRIC or getattr(network.config, "depth_estimation_type", "relative") == "metric"
-    return depth.reshape(height, width).double().cpu().numpy(), tells or ("distance" if distance else "inverse")
+        depth = network.processor.post_process_depth_estimation(outputs, target_sizes=[(height, width)])[0]["predicted_depth"]
+    metric = network.config.model_type in METRIC or getattr(network.config, "depth_estimation_type", "relative") == "metric"
+    tells = tells or ("distance" if metric else "inverse")
+    found = depth.reshape(height, width).double().cpu().numpy()
+    return (np.maximum(found, LEAST) if tells == "distance" else found), tells
 
 
 def _without_padding(depth: Any, height: int, width: int) -> Any:

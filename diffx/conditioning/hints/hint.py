@@ -12,6 +12,7 @@ from PIL import Image
 
 # What the pixels of a control image mean: 0 or 255 alone; gray levels; colours; unit vectors as (n + 1) / 2; colours of a palette.
 Values = Literal["binary", "gray", "colour", "normal", "labels"]
+COLOURLESS = 0.1  # most that channels of gray levels differ, after a lossy file
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
@@ -40,14 +41,30 @@ class Hint(ABC):
         """How far ``image`` is from showing what the control image ``hint`` says; 0 is exactly there.
 
         Raises:
-            ValueError: the two differ in size, or one is no picture of 8 bits a channel.
+            ValueError: ``check`` finds fault, or one is no picture of 8 bits a channel.
         """
-        if hint.size != image.size:
+        return self.distance(self.check(hint, image.size), to_pixels(self(image)))
+
+    def check(self, hint: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        """The pixels of a control image, (H, W, 3) in [0, 1], wherever it comes from: a column of a data set, a file, a call.
+
+        Args:
+            size: (width, height) that it must have, that of its picture.
+
+        Raises:
+            ValueError: another size; colours where this hint has gray levels; or it is no picture of 8 bits a channel.
+        """
+        pixels = to_pixels(hint)
+        if hint.size != size:
             raise ValueError(
-                f"the {self.name} hint has {hint.width} x {hint.height} pixels and the picture {image.width} x {image.height}; "
+                f"the {self.name} hint has {hint.width} x {hint.height} pixels and the picture {size[0]} x {size[1]}; "
                 "draw the hint at the picture's size: hint(image, at=(height, width))"
             )
-        return self.distance(to_pixels(hint), to_pixels(self(image)))
+        if self.values in ("binary", "gray") and np.ptp(pixels, axis=-1).max() > COLOURLESS:
+            raise ValueError(
+                f"this is no {self.name} hint, which has gray levels: it has colours; is it the picture? hint(image) draws one"
+            )
+        return pixels
 
     @abstractmethod
     def draw(self, pixels: np.ndarray) -> np.ndarray:

@@ -128,26 +128,29 @@ class Objects(Hint):
         grid = [[[float(x * width), float(y * height)]] for y in at for x in at]
         outputs, fed = network(pixels, input_points=[grid])
         sizes = fed["original_sizes"].cpu(), fed["reshaped_input_sizes"].cpu()
-        (masks,) = network.processor.image_processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)  # (points, answers, H, W)
-        quality = outputs.iou_scores[0].double().cpu().numpy()
-        best = quality.argmax(-1)
-        rows = np.arange(len(best))
-        return paint_labels(stacked(masks.numpy()[rows, best], quality[rows, best], sure=self.sure, same=self.same), background=0)
+        quality, best = (found.double().cpu().numpy() for found in outputs.iou_scores[0].max(-1))  # of each point's answers
+        masks = []
+        for point in np.nonzero(quality >= self.sure)[0]:  # one by one: a mask becomes 1024 x 1024 on its way to the picture's size
+            answer = outputs.pred_masks[0, point, int(best[point])].cpu()
+            masks.append(network.processor.image_processor.post_process_masks(answer[None, None, None], *sizes)[0][0, 0].numpy())
+        if not masks:
+            return np.zeros(pixels.shape)
+        return paint_labels(stacked(np.stack(masks), quality[quality >= self.sure], same=self.same), background=0)
 
     def distance(self, one: np.ndarray, two: np.ndarray) -> float:
         """1 - ``covering``: which colour an object has means nothing."""
         return 1 - covering(codes(one), codes(two))
 
 
-def stacked(masks: np.ndarray, quality: np.ndarray, *, sure: float, same: float) -> np.ndarray:
+def stacked(masks: np.ndarray, quality: np.ndarray, *, same: float) -> np.ndarray:
     """(H, W) labels of masks (N, H, W) that overlap: 0 where there is none, else 1, 2, ... from the largest to the smallest on top.
 
-    Masks below the quality ``sure`` are left out, and so are those whose intersection over union with a better one exceeds ``same``.
+    Masks whose intersection over union with one of better ``quality`` (N,) exceeds ``same`` are left out.
     """
     kept: list[np.ndarray] = []
     for i in np.argsort(-quality, kind="stable"):
         mask = masks[i]
-        if quality[i] >= sure and mask.any() and all((mask & other).sum() <= same * (mask | other).sum() for other in kept):
+        if mask.any() and all((mask & other).sum() <= same * (mask | other).sum() for other in kept):
             kept.append(mask)
     labels = np.zeros(masks.shape[1:], int)
     for label, mask in enumerate(sorted(kept, key=lambda mask: -mask.sum()), 1):
