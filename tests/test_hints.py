@@ -91,6 +91,14 @@ def test_hints_of_networks(name, options, networks, photo):
     check(with_network(name, options, networks), photo)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", sheet.COMPUTED)
+def test_flat_and_tiny_pictures(name):
+    for size in ((1, 1), (2, 3), (32, 32)):
+        image, hint = Image.new("RGB", size, "orange"), hints.get(name)
+        assert hint(image).size == size and hint.error(hint(image), image) == 0
+
+
 def test_transparent_gray_and_palette_pictures(photo):
     canny = hints.get("canny")
     clear = photo.copy()
