@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from . import calibrate, compare, env, evaluate, plan, sample, train
+from . import calibrate, compare, env, evaluate, hints, plan, sample, train
 
 
 class Commands(TyperGroup):
@@ -42,6 +42,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(train.distill, name="distill")
 app.add_typer(train.train, name="train")
+app.command("hints")(hints.hints)
 app.command("env")(env.env)
 
 

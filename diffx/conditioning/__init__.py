@@ -1,0 +1,1 @@
+"""Conditions beyond the prompt: control images and the networks that read them."""
