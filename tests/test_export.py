@@ -56,6 +56,7 @@ def trained(pipe, lora: Lora | None = None, objective: Objective | None = None, 
 
 def made_by(pipe, call_kwargs: dict[str, Any]) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)  # Flux, SD3 and DiT hand their schedulers no generator
     return pipe(**inputs_of(pipe), **call_kwargs, generator=torch.Generator().manual_seed(0), output_type="np").images
 
 
@@ -80,6 +81,7 @@ for work in json.load(open("work.json")):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     call = json.loads((folder / "call_kwargs.json").read_text())
+    torch.manual_seed(0)
     images = pipe(**work["inputs"], **call, generator=torch.Generator().manual_seed(0), output_type="np").images
     numpy.save(folder.parent / (work["name"] + ".stock.npy"), images)
 assert not [name for name in sys.modules if name.startswith("diffx") and sys.modules[name]]
