@@ -1,0 +1,1 @@
+"""Conditions beyond the prompt in ordinary pipelines."""
