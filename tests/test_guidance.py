@@ -29,7 +29,7 @@ from diffx.guidance import (
     Rule,
     train_classifier,
 )
-from diffx.guidance.moment import Run
+from diffx.guidance.run import Run
 from diffx.oracle import Mixture
 from diffx.testing import (
     call_inputs,

@@ -14,8 +14,9 @@ import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import Tensor
 
-from .moment import Moment, Run
+from .moment import Moment
 from .rule import Rule
+from .run import Walk
 from .stock import Stock
 
 # Networks whose pipelines were run. They are told a train time, and the unconditional half of a batch comes first.
@@ -71,9 +72,8 @@ class Guide:
         self.calls = self.uncond_calls = 0
         self._signature = inspect.signature(type(self.network).forward)
         self._handles: list[Any] = []
-        self._timesteps: Tensor | None = None  # of the run under way
+        self._walk = Walk(pipe)
         self._call: _Call | None = None  # under way, or the last one
-        self._asking = False  # a rule calls the network itself
 
     def attach(self) -> Self:
         """Guide the network's calls from now on.
@@ -81,8 +81,9 @@ class Guide:
         Raises:
             ValueError: something else guides this network.
         """
-        if any(isinstance(getattr(hook, "__self__", None), Guide) for hook in self.network._forward_hooks.values()):
+        if is_guided(self.network):
             raise ValueError("this network is guided already; put one rule around the other instead, such as Rescale(APG(5.0))")
+        self._walk = Walk(self.pipe)
         self._handles = [
             self.network.register_forward_pre_hook(self._before, with_kwargs=True),
             self.network.register_forward_hook(self._after),
@@ -93,7 +94,7 @@ class Guide:
         """Leave the network as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._timesteps, self._call = [], None, None
+        self._handles, self._call = [], None
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -102,19 +103,15 @@ class Guide:
         self.detach()
 
     def _before(self, network: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self._asking:
-            return None
         told = self._signature.bind(network, *args, **kwargs).arguments
         told.pop("self")
         sample = next(iter(told))
-        batch, t = len(told[sample]), told["timestep"]
-        timesteps, last = self.pipe.scheduler.timesteps, self._call
-        if timesteps is not self._timesteps or last is None:  # a run is what follows a set_timesteps
+        batch, t, last = len(told[sample]), told["timestep"], self._call
+        run, number = self._walk.next(t)
+        if number == 0 or last is None:
             halves = self._has_halves(told[sample])
-            run, number = Run(self.pipe.scheduler, _calls_from(timesteps, t)), 0
-            self._timesteps = timesteps
         else:
-            run, number, halves = last.moment.run, last.moment.call + 1, last.halves
+            halves = last.halves
             if batch != last.batch:
                 raise ValueError(
                     f"{type(self.pipe).__name__} calls its network with {batch} samples after {last.batch}, for guidance of its own beside "
@@ -124,11 +121,8 @@ class Guide:
         x, rest = asked[sample][:, : network.config.out_channels], asked[sample][:, network.config.out_channels :]
 
         def again(x: Tensor) -> Tensor:
-            self._asking = True
-            try:
-                return _predicted(network(**{**asked, sample: torch.cat([x, rest], 1)}))
-            finally:
-                self._asking = False
+            # Past all hooks, those of conditions that are attached among them: what they add is in ``asked`` already.
+            return _predicted(network.forward(**{**asked, sample: torch.cat([x, rest], 1)}))
 
         moment = Moment(x, t, number, run, again)
         self._call = _Call(moment, batch, halves, halves and self.rule.needs_uncond(moment))
@@ -137,8 +131,6 @@ class Guide:
         return ((), asked) if halves and not self._call.both else None
 
     def _after(self, network: Any, args: tuple, output: Any) -> Any:
-        if self._asking:
-            return None
         assert self._call is not None
         out = _predicted(output)
         uncond, cond = out.chunk(2) if self._call.both else (None, out)
@@ -166,6 +158,11 @@ class Guide:
         return halves
 
 
+def is_guided(network: Any) -> bool:
+    """Whether a ``Guide`` is attached to the network."""
+    return any(isinstance(getattr(hook, "__self__", None), Guide) for hook in network._forward_hooks.values())
+
+
 def _network_of(pipe: Any, rule: Rule) -> Any:
     components = pipe.components
     network = components.get("unet") or components.get("transformer")
@@ -178,13 +175,6 @@ def _network_of(pipe: Any, rule: Rule) -> Any:
         f"{type(pipe).__name__} has a {name}; guide() works in pipelines that call {' or '.join(GUIDED)} once for both predictions. "
         "Flux has one prediction, told its guidance scale; others call twice, or were not tried"
     )
-
-
-def _calls_from(timesteps: Tensor, t: Any) -> int:
-    """How many calls a run makes that begins at ``t``: image to image leaves some out."""
-    first = float(t.flatten()[0] if isinstance(t, Tensor) else t)
-    at = (timesteps == first).nonzero()
-    return len(timesteps) - (int(at[0]) if len(at) else 0)
 
 
 def _second_half(value: Any, batch: int) -> Any:

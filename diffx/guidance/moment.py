@@ -10,35 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..families import process_of
-from ..objectives.level import Grid, Level, Times, from_output, moved
+from ..objectives.level import Level, from_output, moved
 from ..schedulers.process import PredictionType
-
-
-class Run:
-    """What stays the same from a ``set_timesteps`` to the next.
-
-    ``memory`` is what rules keep from call to call, empty at the first: a rule writes under itself as the key.
-    """
-
-    def __init__(self, scheduler: Any, num_calls: int) -> None:
-        self.scheduler, self.num_calls = scheduler, num_calls
-        self.memory: dict[Any, Any] = {}
-
-    @functools.cached_property
-    def times(self) -> Times:
-        """The noise levels that the model was trained on."""
-        if "sigma_data" in self.scheduler.config:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} says that this network is preconditioned as EDM's: rules that look at the noise level "
-                "or at clean samples know models with betas and flow models; CFG and Rescale at a fixed scale work"
-            )
-        return Times(process_of(self.scheduler))
-
-    @functools.cached_property
-    def grid(self) -> Grid:
-        """The noise levels of all calls that the scheduler is set to, and of the end."""
-        return self.times.set_in(self.scheduler)
+from .run import Run
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ class Moment:
     @property
     def progress(self) -> float:
         """From 0 at the first call to 1 at the last."""
-        return self.call / max(self.run.num_calls - 1, 1)
+        return self.run.progress(self.call)
 
     @property
     def prediction_type(self) -> PredictionType:
