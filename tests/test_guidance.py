@@ -395,7 +395,7 @@ def test_projected_guidance_without_its_parts_is_classifier_free_guidance(schedu
     torch.testing.assert_close(plain, CFG(4.0)(cond, uncond, moment), rtol=1e-4, atol=1e-4)  # float32 there and back
 
 
-def test_projected_guidance_is_algorithm_1():
+def test_projected_guidance_is_its_algorithm():
     moment, scale, eta, limit, beta = moment_of(LEVELS["epsilon"]), 5.0, 0.3, 2.0, -0.5
     rule, running = APG(scale, eta, limit, beta), 0.0
     for sign in (1, -1):  # two calls of one run, of other predictions
@@ -615,7 +615,7 @@ def test_a_loss_moves_clean_samples_by_its_gradient_and_the_noisy_ones_through_t
 
     expected = finite_difference(of_noisy, moment.x.double())
     torch.testing.assert_close(rule.gradient(moment).double(), expected, rtol=2e-3, atol=1e-3)  # float32 against float64
-    noise = cond + 0.01 * sigma * rule.gradient(moment)  # Bansal et al., equation 6
+    noise = cond + 0.01 * sigma * rule.gradient(moment)  # Bansal et al.: the noise, plus sigma times the gradient
     torch.testing.assert_close(rule(cond, None, moment), noise, rtol=1e-4, atol=1e-4)
 
 

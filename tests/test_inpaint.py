@@ -83,18 +83,17 @@ def test_what_is_held_is_at_the_level_of_the_next_call():
 
 
 def test_change_grows_with_the_map():
-    # Embedded model: the same wish, pictures and noises under five maps, each the same everywhere.
-    source = load_pipeline(device="cpu")
-    image = quiet(source)("red apple", num_inference_steps=8, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images[0]
-    pipe = quiet(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(source))
-    moved = []
+    # Embedded model: the same wish, picture and noises under five maps, each the same everywhere.
+    source = quiet(load_pipeline(device="cpu"))
+    image = source("red apple", num_inference_steps=8, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images[0]
+    pipe, moved = quiet(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(source)), []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         soft = SoftInpaint(pipe, image, np.full((32, 32), share, np.float32))
         call = dict(num_inference_steps=8, strength=1.0, output_type="latent", generator=torch.Generator().manual_seed(1))
-        made = pipe(["ghost on pink"] * 4, image=[image] * 4, callback_on_step_end=soft, guidance_scale=3.0, **call).images
+        made = pipe(["tangerine"] * 4, image=[image] * 4, callback_on_step_end=soft, guidance_scale=1.0, **call).images
         moved.append(float((made - soft.kept).abs().mean()))
     assert moved[0] == 0
-    assert moved == sorted(moved) and moved[-1] > 2 * moved[1], moved
+    assert moved == sorted(moved) and moved[-1] > 2 * moved[1], moved  # measured: 0.3 to 0.8
 
 
 def test_outpainting_adds_and_fades():

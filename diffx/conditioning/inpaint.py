@@ -30,7 +30,7 @@ class SoftInpaint:
         >>> soft = SoftInpaint(pipe, photo, fading_mask)
         >>> pipe(prompt, image=photo, strength=1.0, callback_on_step_end=soft)
 
-    Source: Levin and Fried 2023 (arXiv:2306.00950) algorithm 1.
+    Source: Levin and Fried 2023 (arXiv:2306.00950).
 
     Raises:
         ValueError: the map and the picture have two sizes, or values outside of [0, 1].

@@ -32,7 +32,7 @@ class Interval(Around):
     Args:
         low, high: in the units of the scheduler's ``sigmas``: sigma / alpha, and sigma, 0 to 1, for flow models.
 
-    Source: Kynkaanniemi et al. 2024 (arXiv:2404.07724) eq. 5.
+    Source: Kynkaanniemi et al. 2024 (arXiv:2404.07724).
     """
 
     rule: Rule
@@ -57,7 +57,7 @@ class Interval(Around):
 class Rescale(Around):
     """``rule``'s prediction with the standard deviation of the conditional one, ``share`` of the way.
 
-    Source: Lin et al. 2023 (arXiv:2305.08891) eq. 15 and 16, whose phi is the share.
+    Source: Lin et al. 2023 (arXiv:2305.08891) section 3.4, whose phi is the share.
     """
 
     rule: Rule

@@ -42,7 +42,7 @@ class CFGZeroStar(Rule):
     Args:
         zero_calls: at the beginning, in which a flow model's sample stays where it is.
 
-    Source: Fan et al. 2025 (arXiv:2503.18886) algorithm 1.
+    Source: Fan et al. 2025 (arXiv:2503.18886).
 
     Differs from the paper: ``zero_calls`` is 0 unless given, and the rule also takes models that are not flow models.
     """
@@ -73,7 +73,7 @@ class CFGPlusPlus(Rule):
     Args:
         guidance_scale: 0 to 1, the paper's lambda.
 
-    Source: Chung et al. 2024 (arXiv:2406.08070) algorithm 2.
+    Source: Chung et al. 2024 (arXiv:2406.08070).
     """
 
     guidance_scale: float = 0.6

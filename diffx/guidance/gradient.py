@@ -64,7 +64,7 @@ class LossGuidance(Around):
         through_network: the gradient is that of the noisy sample, through a second call of the network told the condition, and moves the
             noise; for the price of a call and of its backward pass the change keeps to what the model finds likely.
 
-    Source: through the network, Bansal et al. 2023 (arXiv:2302.07121) eq. 6; else He et al. 2023 (arXiv:2311.16424) algorithm 1.
+    Source: through the network, Bansal et al. 2023 (arXiv:2302.07121), forward guidance; else He et al. 2023 (arXiv:2311.16424).
 
     Differs from the papers: no optimization of the clean samples, no repeated steps; nothing is moved through the network at alpha = 0.
     """

@@ -40,7 +40,7 @@ class Rule(ABC):
 class Ramp:
     """A guidance scale that goes from ``start`` at the first call to ``end`` at the last.
 
-    Source: Wang et al. 2024 (arXiv:2404.13040) section 3, linear and cosine.
+    Source: Wang et al. 2024 (arXiv:2404.13040), linear and cosine.
 
     Differs from the paper: even in calls instead of in train time, and with free ends.
     """
