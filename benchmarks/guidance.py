@@ -24,6 +24,7 @@ import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import diffx
@@ -150,7 +151,8 @@ def measure_classifier() -> None:
         print(scale, rows[f"{scale:g}"], flush=True)
     rows["real"] = {"FD": floor(), "spread within a digit": float(np.mean([pictures[labels == d].std(0).mean() for d in range(10)]))}
     write("classifier", rows)
-    sheet((torch.cat(shown).permute(0, 2, 3, 1).numpy() + 1) / 2, columns=20).save(FOLDER / "classifier.png")
+    drawn = sheet((torch.cat(shown).permute(0, 2, 3, 1).numpy() + 1) / 2, columns=20)
+    drawn.resize((2 * drawn.width, 2 * drawn.height), Image.Resampling.NEAREST).save(FOLDER / "classifier.png")
 
 
 def write(name: str, rows: dict[str, Any]) -> None:

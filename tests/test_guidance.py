@@ -211,6 +211,22 @@ def test_outputs_keep_their_type():
     assert torch.equal(named.sample, plain[0]) and named.sample.shape == (2, 4, 8, 8)
 
 
+def test_half_precision_keeps_its_type():
+    pipe = tiny_stable_diffusion().to(torch.bfloat16)
+    stock = run(pipe, SCALE)
+    with diffx.guide(pipe, CFG(SCALE)):
+        assert torch.equal(run(pipe, 9.0), stock)
+
+    def size(x0):
+        return x0.square().flatten(1).sum(1)
+
+    around = Rescale(CFG(SCALE)), DynamicThresholding(CFG(SCALE)), LossGuidance(size, 0.01, CFG(SCALE), through_network=True)
+    for rule in (APG(SCALE), CFGZeroStar(SCALE), CFGPlusPlus(0.6), *around):
+        with diffx.guide(pipe, rule):
+            found = run(pipe, 9.0)
+        assert found.dtype == torch.bfloat16 and torch.isfinite(found).all(), rule
+
+
 # what cannot work
 
 
