@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
-    from . import objectives
+    from . import guidance, objectives
     from .calibration import calibrate
+    from .guidance import guide
     from .schedulers import (
         DDIM,
         DDPM,
@@ -50,11 +51,13 @@ _PUBLIC = {
     "Trained": "diffx.training.api",
     "calibrate": "diffx.calibration",
     "distill": "diffx.training.api",
+    "guide": "diffx.guidance",
     "train": "diffx.training.api",
 }
 __all__ = [
     "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
-    "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
+    "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives",
+    "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
@@ -62,8 +65,8 @@ setattr(diffusers.pipelines, "diffx", sys.modules[__name__])  # noqa: B010  # th
 
 
 def __getattr__(name: str) -> Any:
-    if name == "objectives":
-        return importlib.import_module("diffx.objectives")
+    if name in ("guidance", "objectives"):
+        return importlib.import_module(f"diffx.{name}")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name == "SchedulerMixin":  # Diffusers asks the library of a component for its base classes

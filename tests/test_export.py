@@ -51,6 +51,7 @@ def trained(pipe, lora: Lora | None = None, objective: Objective | None = None, 
     nets = Networks(family, objective, lora, size=SIZE)
     config = TrainConfig(train_steps=2, batch_size=2, lr=0.02)
     assert len(list(Training(nets, Noise(family), config, Accelerator(cpu=True)).steps())) == 2
+    nets.release()
     return nets, nets.objective.inference(family)
 
 

@@ -1,1 +1,1 @@
-"""Conditions beyond the prompt: control images and the networks that read them."""
+"""Conditions beyond the prompt: control images, the networks that read them, and pictures in parts."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .family import Condition, Family, batched, joined, need, remade
+from .family import Condition, Family, batched, joined, need, process_of, remade
 from .latent import LatentFamily
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-__all__ = ["Condition", "Family", "LatentFamily", "batched", "family_of", "joined", "need", "remade"]
+__all__ = ["Condition", "Family", "LatentFamily", "batched", "family_of", "joined", "need", "process_of", "remade"]
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

@@ -35,10 +35,7 @@ class Family(ABC):
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe: Any = pipe
-        config = dict(self.pipe.scheduler.config)
-        known = STOCK_KEYS | {"prediction_type": "flow_prediction"} if is_flow(config) else STOCK_KEYS
-        # Zero terminal SNR is exactly zero, as for DDIM; no log of it is taken here.
-        self.process: Process = make_process(known | {k: v for k, v in config.items() if k in known}, "vp", zero_snr=0.0)
+        self.process: Process = process_of(self.pipe.scheduler)
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
@@ -119,6 +116,14 @@ class Family(ABC):
     def pipeline(self, network: Any, scheduler: SchedulerMixin) -> Any:
         """A stock pipeline with that network and scheduler; everything else is shared with ``pipe``."""
         return remade(self.pipe, **{self.network: network, "scheduler": scheduler})
+
+
+def process_of(scheduler: Any) -> Process:
+    """How the model that a scheduler samples was noised, in the units that its network sees: VP, or flow."""
+    config = dict(scheduler.config)
+    known = STOCK_KEYS | {"prediction_type": "flow_prediction"} if is_flow(config) else STOCK_KEYS
+    # Zero terminal SNR is exactly zero, as for DDIM; no log of it is taken here.
+    return make_process(known | {k: v for k, v in config.items() if k in known}, "vp", zero_snr=0.0)
 
 
 def remade(pipe: Any, **components: Any) -> Any:

@@ -92,6 +92,12 @@ def to_output(x0: Tensor, eps: Tensor, level: Level, prediction_type: Prediction
     return of_x0 * x0 + of_eps * eps
 
 
+def moved(out: Tensor, by: Tensor, level: Level, prediction_type: PredictionType) -> Tensor:
+    """The output whose x0 lies ``by`` (B, ...) further than that of ``out``, for the same x; where that is 0, ``out`` bit for bit."""
+    of_out = np.array([x0_weights(prediction_type, a, s)[1] for a, s in zip(level.alpha, level.sigma)])
+    return (out + by / column(of_out, out)).to(out.dtype)
+
+
 def _weights(prediction_type: PredictionType, alpha: float, sigma: float) -> tuple[float, float, float, float]:
     """(a, b, c, d) with x0 = a x + b out and eps = c x + d out."""
     if prediction_type == "epsilon" and alpha == 0:
@@ -165,9 +171,13 @@ class Times:
     def of(self, scheduler: Any, calls: int) -> Grid:
         """The grid that a stock scheduler walks in ``calls`` steps, read from it: training on it is training for it."""
         scheduler.set_timesteps(calls)
-        t = scheduler.timesteps.numpy().astype(np.float64)
+        return self.set_in(scheduler)
+
+    def set_in(self, scheduler: Any) -> Grid:
+        """The grid that a scheduler is set to."""
+        t = scheduler.timesteps.cpu().numpy().astype(np.float64)
         if self.flow:
-            sigma = scheduler.sigmas.numpy().astype(np.float64)
+            sigma = scheduler.sigmas.cpu().numpy().astype(np.float64)
             return Grid(np.append(t, 0.0), 1 - sigma, sigma)
         return self._ending(t, 0.0 if scheduler.config.get("set_alpha_to_one", True) else self._first)
 

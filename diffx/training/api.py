@@ -206,6 +206,7 @@ def _run(
         accelerator.end_training()
     for role, network in nets.modules.items():
         nets.modules[role] = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+    nets.release()
     pipeline, call_kwargs = training.result()
     trained = Trained(pipeline, call_kwargs, report, folder, nets, nets.objective.inference(family))
     if accelerator.is_main_process:

@@ -136,6 +136,12 @@ class Networks:
         if self.lora is not None:
             use_adapter(self.modules[role], role)
 
+    def release(self) -> None:
+        """Let the exported weights require gradients, as those do that loaders make: a product of small matrices is summed in another
+        order where they do not, and its last bit would differ from that of the saved model."""
+        for weight in self.parameters(self.exported()).values():
+            weight.requires_grad_(True)
+
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         """Move the average a step towards the student: target = decay * target + (1 - decay) * student."""
