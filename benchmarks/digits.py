@@ -357,8 +357,8 @@ def write_report() -> None:
             "",
             "## What changes a teacher",
             "",
-            "Teachers trained for a third of the steps (500), the same seeds with and without the change; a change that helps at some seeds "
-            "and hurts at others is not told from chance here.",
+            "Teachers trained for a third of the steps (500), the same seeds with and without the change; a change that helps at some "
+            "seeds and hurts at others is not told from chance here.",
             "",
             "| change | calls | distance without | change of the mean | helps at |",
             "| --- | --- | ---: | ---: | ---: |",
