@@ -33,5 +33,5 @@ def plan(
     if not isinstance(scheduler, TableScheduler):
         raise ValueError(f"sampler {sampler!r} is {type(scheduler).__name__}, which has no table; only diffx samplers have a plan")
     made = scheduler.calibration.num_inference_steps if isinstance(scheduler, Calibrated) else 8
-    scheduler.set_timesteps(num_inference_steps or made, mu=mu)
+    scheduler.set_timesteps(made if num_inference_steps is None else num_inference_steps, mu=mu)
     typer.echo(json.dumps(scheduler.plan().to_dict(), indent=2) if as_json else str(scheduler.plan()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from torch import nn
@@ -65,9 +66,10 @@ def make_candidate(word: str, pipe: Any) -> Candidate:
         made = json.loads((folder / "model_index.json").read_text())["_class_name"]
         if made != type(pipe).__name__:
             raise ValueError(f"{word!r} is a student in a {made}, the model is a {type(pipe).__name__}; give the student as --model")
-    elif not hasattr(pipe, "load_lora_weights") or pipe.get_list_adapters():
-        why = "has adapters of its own" if hasattr(pipe, "load_lora_weights") else "loads none"
-        raise ValueError(f"{word!r} is a student made of adapters, and the pipeline {why}; give one without")
+    elif not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"{word!r} is a student made of adapters, which a {type(pipe).__name__} does not load")
+    elif pipe.get_list_adapters():
+        raise ValueError(f"{word!r} is a student made of adapters, and the pipeline has adapters of its own; give one without")
     return Candidate(scheduler, json.loads((folder / CALL_KWARGS).read_text()), folder)
 
 
