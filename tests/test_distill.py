@@ -1,19 +1,24 @@
 """``distill`` as it is called: data of each kind, options, refusals, costs."""
 
 import dataclasses
+from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import diffx
 from diffx.cli import app
+from diffx.cli.train import NAMES
 from diffx.families import family_of
 from diffx.objectives import DMD2, LCM, PCM, Progressive
 from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
 from diffx.training.api import cost, make_lora
+from diffx.training.config import TrainConfig
 from diffx.training.networks import Lora, Networks
 
 SMALL = dict(train_steps=2, batch_size=2, resolution=IMAGE_SIZE, progress=False, device="cpu")
@@ -108,3 +113,16 @@ def test_every_field_is_a_flag_of_its_command():
     shown = CliRunner().invoke(app, ["distill", "pcm", "--dump-config"]).stdout
     names = {line.split(":")[0] for line in shown.splitlines()}
     assert {field.name for field in dataclasses.fields(PCM)} <= names
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in NAMES.items() for name in names])
+def test_help_explains_every_flag_and_says_its_default(group, name):
+    root: Any = typer.main.get_command(app)
+    command = root.commands[group].get_command(click.Context(root.commands[group], info_name=group), name)
+    silent = [flag.name for flag in command.params if not (flag.help or "").split("\\[default")[0].strip()]
+    assert silent == []
+    shown = CliRunner().invoke(app, [group, name, "--help"], env={"COLUMNS": "300"}).output
+    default = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for field in ("lr_schedule", "batch_size", "grad_clip"):
+        (line,) = [line for line in shown.splitlines() if f"--{field.replace('_', '-')} " in line]
+        assert f"[default: {default[field]}]" in line

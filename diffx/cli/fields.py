@@ -21,7 +21,8 @@ def flags_of(classes: Iterable[type]) -> list[inspect.Parameter]:
             kind, parser, metavar = _kind(hints[field.name])
             flag = "--" + field.name.replace("_", "-")
             names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-            default = "" if field.default is dataclasses.MISSING else f" [default: {_shown(field.default)}]"
+            # Without the backslash rich takes it for markup, and drops it.
+            default = "" if field.default is dataclasses.MISSING else f" \\[default: {_shown(field.default)}]"
             option = typer.Option(*names, help=explained.get(field.name, "") + default, show_default=False, parser=parser, metavar=metavar)
             annotation = Annotated[kind | None, option]
             made.setdefault(field.name, inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))

@@ -22,12 +22,12 @@ class TrainConfig:
     lr_schedule: Schedule = "constant"  # "linear" and "cosine" fall to 0 over each stage
     warmup_steps: int = 0  # of each stage, in which the rate rises from 0
     optimizer: Optimizer = "adamw"  # "adamw_8bit" needs bitsandbytes
-    weight_decay: float = 0.0
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # each step also takes lr times this times the weights from them; in "sgd" it joins the gradient
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # decay per step of Adam's averages of the gradient and of its square
     grad_clip: float = 1.0  # maximum global L2 norm; inf switches it off
-    mixed_precision: Precision = "no"
+    mixed_precision: Precision = "no"  # "bf16" or "fp16" inside the networks' calls; weights and optimizers keep their own
     gradient_checkpointing: bool = False  # less memory, a third more time
-    seed: int = 0
+    seed: int = 0  # of noise, noise levels and the order of the data; another seed is another run
     save_every: int = 500  # optimizer steps between checkpoints; the last step is always saved
     evaluate_every: int = 0  # steps between measurements and sample sheets; 0 only at the end
 

@@ -30,9 +30,9 @@ class DataConfig:
     random_flip: bool = False  # half of the cuts are mirrored
     num_crops: int = 1  # cuts of each picture that are kept, each with a place and a side of its own
     split: str = "train"  # of a data set that has several
-    image_column: str = "image"
-    caption_column: str = "text"
-    label_column: str = "label"
+    image_column: str = "image"  # where a data set has its pictures
+    caption_column: str = "text"  # where it, or a folder's metadata file, has what a text model is told of each
+    label_column: str = "label"  # the same for the class numbers of a class-conditional model
     num_generated: int | None = None  # samples that the model makes where the data has no pictures; None is one a prompt, at least 1024
     generation_steps: int = 50  # network calls of each of them, with the model's own scheduler
     generation_guidance_scale: float | None = None  # of each of them; 1 is off, None is 3 where the model can be guided
