@@ -51,7 +51,7 @@ def test_calibrate(tmp_path):
             "loaded, the same picture: True",
             "warning: this table was calibrated for 6 steps, asked were 8 steps: DPM-Solver++ 2M runs instead",
             "warning: calibrated at guidance_scale=3, used at 4.5",
-            "refused: sampler 'six-calls' is a table for 6 steps alone, asked were 8",
+            "refused: 'six-calls' was made for 6 steps alone, asked were 8",
         )
     )
     assert pictures == 3
