@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import typer
+import yaml
 from safetensors.torch import load_file
+from training_parts import pipeline
 from typer.testing import CliRunner
 
 import diffx
@@ -107,6 +109,55 @@ def test_what_dump_config_prints_is_a_config_and_flags_win_over_it(tmp_path):
     assert CliRunner().invoke(app, [*words, "--config", str(tmp_path / "run.yaml")]).stdout == first.stdout
     other = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "run.yaml"), "--lr", "0.01"]).stdout
     assert other == first.stdout.replace("lr: 0.001", "lr: 0.01")
+
+
+def unconditional(folder, *words):
+    """What ``diffx distill progressive`` comes to, with a tiny unconditional model in ``folder / "model"``."""
+    pipeline().save_pretrained(folder / "model")
+    fixed = ["--device", "cpu", "--cache", folder / "cache", "--json"]
+    return CliRunner().invoke(app, [str(word) for word in ("distill", "progressive", *fixed, *words)])
+
+
+def test_the_run_yaml_of_a_run_makes_it_again_bit_for_bit(tmp_path):
+    words = ["--start", 4, "--end", 2, "--train-steps", 4, "--batch-size", 4, "--num-generated", 8, "--generation-steps", 2, "--seed", 3]
+    words += ["--lora-rank", 2, "--lora-alpha", 4, "--lora-targets", "conv1,conv2", "--lr", "0.01", "--lr-schedule", "linear"]
+    first = unconditional(tmp_path, "--teacher", tmp_path / "model", *words, "--output", tmp_path / "first")
+    assert first.exit_code == 0, first.output
+    config = tmp_path / "first" / "run.yaml"
+    again = unconditional(tmp_path, "--config", config, "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    one, two = (load_file(tmp_path / name / "checkpoints" / "step-00000004" / "weights.safetensors") for name in ("first", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert (tmp_path / "again" / "run.yaml").read_text() == config.read_text()
+    shown = yaml.safe_load(unconditional(tmp_path, "--config", config, "--seed", 4, "--dump-config").stdout)
+    assert shown["seed"] == 4 and shown["lora_targets"] == ["conv1", "conv2"] and shown["teacher"] == str(tmp_path / "model")
+
+
+RUN = {"method": {"name": "Progressive", "start": 4, "end": 2}, "train": {"seed": 1}, "data": {"seed": 1}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RUN | {"trian": {"lr": 1e-3}}, "the config has trian beside method"),
+        (RUN | {"train": {"lrr": 1e-3, "seed": 1}}, "has lrr; it may have data, teacher"),
+        (RUN | {"train": {"seed": 2}}, "has seed=2 in train and 1 in data"),
+        (RUN | {"train": 3}, "has 3 for train, which is a section"),
+        (RUN | {"method": {"name": "LCM"}}, "is of the method LCM, and this command is Progressive's"),
+        ({"star": 4}, "has star; it may have data, teacher"),
+        ([1], "has no mapping; it may have"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_what_is_wrong(tmp_path, config, message):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(app, ["distill", "progressive", "--config", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_config_may_write_small_numbers_as_people_do(tmp_path):
+    (tmp_path / "run.yaml").write_text("start: 4\nend: 2\nlr: 1e-4\n")
+    shown = CliRunner().invoke(app, ["distill", "progressive", "--config", str(tmp_path / "run.yaml"), "--dump-config"]).stdout
+    assert yaml.safe_load(shown)["lr"] == 1e-4
 
 
 def test_every_field_is_a_flag_of_its_command():

@@ -169,13 +169,20 @@ def split(options: Mapping[str, Any]) -> dict[str, Any]:
     return {section: cls(**{k: v for k, v in options.items() if k in names[section]}) for section, cls in SECTIONS.items()}
 
 
-def describe(family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares."""
+def describe(model: Any, family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares.
+
+    ``model`` is where it came from, for whom begins the run anew; its weights are what counts.
+    """
     settings = {section: {k: v for k, v in asdict(config).items() if k not in HERE} for section, config in sections.items()}
     method = {"name": type(objective).__name__, **asdict(objective)}
-    told = str(data) if isinstance(data, str | Path) else None if data is None else type(data).__name__
-    model = {"pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
-    return {"model": model, "method": method, "lora": asdict(lora) if lora else None, "source": told, **settings}
+    loaded = {"from": _said(model), "pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
+    return {"model": loaded, "method": method, "lora": asdict(lora) if lora else None, "source": _said(data), **settings}
+
+
+def _said(given: Any) -> str | None:
+    """What a model or data was said to be: its path or id, or what kind of object it is."""
+    return None if given is None else str(given) if isinstance(given, str | Path) else type(given).__name__
 
 
 def _run(
@@ -191,7 +198,7 @@ def _run(
     fuse_loras(pipe)
     pipe.to(accelerator.device)
     family = family_of(pipe)
-    described = describe(family, objective, lora, data, sections)
+    described = describe(model, family, objective, lora, data, sections)
     size = picture_size(family, sections["data"].resolution)
     shown = progress and accelerator.is_main_process
     if data is None and model in (None, "emoji"):

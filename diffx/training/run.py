@@ -25,7 +25,7 @@ from .sheet import pictures, sheet
 Metric = Callable[[Any, Mapping[str, Any]], float]  # (stock pipeline, call arguments) -> a figure of which less is better
 KEPT = 2  # checkpoints besides the best
 PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
-FREE = ("train.save_every", "train.evaluate_every")  # fields that may differ at a resume: they change no weight
+FREE = ("train.save_every", "train.evaluate_every", "model.from")  # what may differ at a resume: it changes no weight
 
 
 class Stopped(KeyboardInterrupt):
