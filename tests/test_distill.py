@@ -1,5 +1,6 @@
 """``distill`` as it is called: data of each kind, options, refusals, costs."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import typer
 import yaml
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from training_parts import pipeline
 from typer.testing import CliRunner
@@ -18,8 +20,8 @@ from diffx.cli import app
 from diffx.cli.train import NAMES
 from diffx.families import family_of
 from diffx.objectives import DMD2, LCM, PCM, Progressive
-from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
-from diffx.training.api import cost, make_lora
+from diffx.testing import IMAGE_SIZE, tiny_flux, tiny_stable_diffusion
+from diffx.training.api import cost, fuse_loras, make_lora
 from diffx.training.config import TrainConfig
 from diffx.training.networks import Lora, Networks
 
@@ -80,6 +82,61 @@ def test_adapters_go_on_from_those_of_another_run(tmp_path):
             Networks(family_of(tiny_stable_diffusion()), METHOD, make_lora(rank, alpha, ["to_q"], start), size=(IMAGE_SIZE, IMAGE_SIZE))
     with pytest.raises(ValueError, match="holds no LoRA that Diffusers reads"):
         diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), output=tmp_path / "x", lora_rank=2, lora_start=tmp_path, **SMALL)
+
+
+def with_lora(pipe, folder, *parts):
+    """The pipeline with a LoRA loaded from a file, on some of its parts, acting at 0.7 of its strength."""
+    layers, told = {}, {}
+    for part in parts:
+        network = copy.deepcopy(getattr(pipe, part))
+        linear = sorted({name.rsplit(".", 1)[-1] for name, layer in network.named_modules() if name.endswith(("to_q", "q_proj"))})
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=linear, init_lora_weights=False)
+        network.add_adapter(config)
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(network, adapter_name="default")
+        told[f"{part}_lora_adapter_metadata"] = {**config.to_dict(), "target_modules": linear}
+    pipe.save_lora_weights(folder, **layers, **told)
+    pipe.load_lora_weights(folder, adapter_name="style")
+    pipe.set_adapters("style", 0.7)
+    return pipe
+
+
+def said_of(pipe):
+    """What a Stable Diffusion pipeline's parts say of one caption and one picture."""
+    ids = pipe.tokenizer(["one"], padding="max_length", return_tensors="pt").input_ids
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        told = pipe.text_encoder(ids)[0]
+        x = torch.randn(1, pipe.unet.config.in_channels, 8, 8, generator=generator)
+        return pipe.unet(x, torch.tensor([500]), told).sample
+
+
+@pytest.mark.parametrize("acts", [True, False])
+def test_a_teacher_with_a_lora_teaches_as_it_is(tmp_path, acts):
+    plain = said_of(tiny_stable_diffusion())
+    pipe = with_lora(tiny_stable_diffusion(), tmp_path / "lora", "unet", "text_encoder")
+    if not acts:
+        pipe.disable_lora()
+        pipe.text_encoder.disable_adapters()
+    expected = said_of(pipe)
+    assert torch.equal(expected, plain) != acts
+    options = dict(output=tmp_path / "run", cache=tmp_path / "cache", **SMALL)
+    made = diffx.distill(pipe, METHOD, pictures(), lr=1e-30, **options)  # a student that stays its teacher
+    assert made.networks.modules["teacher"] is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    for each in (pipe, made.pipeline):
+        # Of about 1, in float32: W x + B A x in another order.
+        torch.testing.assert_close(said_of(each), expected, atol=1e-5, rtol=0)
+    assert (expected - plain).abs().max() > 1e-3 or not acts
+
+
+def test_text_encoders_whose_pipeline_does_not_fuse_them_are_fused(tmp_path):
+    pipe = with_lora(tiny_flux(), tmp_path, "text_encoder")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = pipe.text_encoder(ids).pooler_output
+        fuse_loras(pipe)
+        torch.testing.assert_close(pipe.text_encoder(ids).pooler_output, expected, atol=1e-5, rtol=0)
+    plain = tiny_flux().text_encoder(ids).pooler_output
+    assert (plain - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

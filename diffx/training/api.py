@@ -77,7 +77,9 @@ def distill(
     The same call goes on where an interrupted one stood, bit for bit.
 
     Args:
-        teacher: a pipeline, its folder or its Hub id; None is the embedded model. A LoRA student's adapters are put into its network.
+        teacher: a pipeline, its folder or its Hub id; None is the embedded model. A pipeline that is handed in is used, not copied:
+            LoRAs that act in it teach, too, and are added to its weights for good, others are unloaded; a LoRA student's adapters
+            are put into its network.
         method: of ``diffx.objectives``, such as ``Progressive(start=32, end=4)`` or ``LCM()``.
         data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples, and the embedded model
             has its own pictures; see ``DataConfig``.
@@ -229,9 +231,16 @@ def embedded_pictures() -> list[dict[str, Any]]:
 
 
 def fuse_loras(pipe: Any) -> None:
-    """Add LoRAs that are loaded in a pipeline to its weights, so that they teach, too."""
-    if getattr(pipe, "get_active_adapters", None) and pipe.get_active_adapters():
-        pipe.fuse_lora()
+    """Add the LoRAs that act in a pipeline to its weights, text encoders' included, and unload all: the same predictions, plain layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = {name: getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ())}
+    layers = {
+        name: [layer for layer in part.modules() if isinstance(layer, BaseTunerLayer)] for name, part in parts.items() if part is not None
+    }
+    if acting := [name for name, found in layers.items() if any(not layer.disable_adapters for layer in found)]:
+        pipe.fuse_lora(components=acting)  # by name: some pipelines leave out their text encoders
+    if any(layers.values()):
         pipe.unload_lora_weights()
 
 
