@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from ..calibration.problem import sketch
 from ..families import Family, family_of
@@ -196,6 +196,7 @@ def _run(
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=device == "cpu", log_with=list(report_to) or None, project_dir=str(folder)
     )
+    check_whole(accelerator)
     pipe = model if _is_pipeline(model) else load_pipeline(model, device="cpu")
     fuse_loras(pipe)
     pipe.to(accelerator.device)
@@ -221,6 +222,18 @@ def _run(
         trained.save_pretrained(folder / "model")
     accelerator.wait_for_everyone()
     return trained
+
+
+def check_whole(accelerator: Accelerator) -> None:
+    """Refuse, before any work, processes that each hold a part of the weights: samples and exports need them whole on one."""
+    kind = accelerator.distributed_type
+    plugin = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
+    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError(
+            f"accelerate is configured for {kind.value}, which leaves each process a part of the weights, and those are not sampled or "
+            "exported yet; use plain data parallelism (accelerate launch --multi_gpu), with lora_rank and gradient_checkpointing where "
+            "memory is short"
+        )
 
 
 def embedded_pictures() -> list[dict[str, Any]]:
