@@ -1,5 +1,6 @@
 """``distill`` as it is called: data of each kind, options, refusals, costs."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+import yaml
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
+from training_parts import pipeline
 from typer.testing import CliRunner
 
 import diffx
@@ -16,8 +20,8 @@ from diffx.cli import app
 from diffx.cli.train import NAMES
 from diffx.families import family_of
 from diffx.objectives import DMD2, LCM, PCM, Progressive
-from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
-from diffx.training.api import cost, make_lora
+from diffx.testing import IMAGE_SIZE, tiny_flux, tiny_stable_diffusion
+from diffx.training.api import cost, fuse_loras, make_lora
 from diffx.training.config import TrainConfig
 from diffx.training.networks import Lora, Networks
 
@@ -80,6 +84,61 @@ def test_adapters_go_on_from_those_of_another_run(tmp_path):
         diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), output=tmp_path / "x", lora_rank=2, lora_start=tmp_path, **SMALL)
 
 
+def with_lora(pipe, folder, *parts):
+    """The pipeline with a LoRA loaded from a file, on some of its parts, acting at 0.7 of its strength."""
+    layers, told = {}, {}
+    for part in parts:
+        network = copy.deepcopy(getattr(pipe, part))
+        linear = sorted({name.rsplit(".", 1)[-1] for name, layer in network.named_modules() if name.endswith(("to_q", "q_proj"))})
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=linear, init_lora_weights=False)
+        network.add_adapter(config)
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(network, adapter_name="default")
+        told[f"{part}_lora_adapter_metadata"] = {**config.to_dict(), "target_modules": linear}
+    pipe.save_lora_weights(folder, **layers, **told)
+    pipe.load_lora_weights(folder, adapter_name="style")
+    pipe.set_adapters("style", 0.7)
+    return pipe
+
+
+def said_of(pipe):
+    """What a Stable Diffusion pipeline's parts say of one caption and one picture."""
+    ids = pipe.tokenizer(["one"], padding="max_length", return_tensors="pt").input_ids
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        told = pipe.text_encoder(ids)[0]
+        x = torch.randn(1, pipe.unet.config.in_channels, 8, 8, generator=generator)
+        return pipe.unet(x, torch.tensor([500]), told).sample
+
+
+@pytest.mark.parametrize("acts", [True, False])
+def test_a_teacher_with_a_lora_teaches_as_it_is(tmp_path, acts):
+    plain = said_of(tiny_stable_diffusion())
+    pipe = with_lora(tiny_stable_diffusion(), tmp_path / "lora", "unet", "text_encoder")
+    if not acts:
+        pipe.disable_lora()
+        pipe.text_encoder.disable_adapters()
+    expected = said_of(pipe)
+    assert torch.equal(expected, plain) != acts
+    options = dict(output=tmp_path / "run", cache=tmp_path / "cache", **SMALL)
+    made = diffx.distill(pipe, METHOD, pictures(), lr=1e-30, **options)  # a student that stays its teacher
+    assert made.networks.modules["teacher"] is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    for each in (pipe, made.pipeline):
+        # Of about 1, in float32: W x + B A x in another order.
+        torch.testing.assert_close(said_of(each), expected, atol=1e-5, rtol=0)
+    assert (expected - plain).abs().max() > 1e-3 or not acts
+
+
+def test_text_encoders_whose_pipeline_does_not_fuse_them_are_fused(tmp_path):
+    pipe = with_lora(tiny_flux(), tmp_path, "text_encoder")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = pipe.text_encoder(ids).pooler_output
+        fuse_loras(pipe)
+        torch.testing.assert_close(pipe.text_encoder(ids).pooler_output, expected, atol=1e-5, rtol=0)
+    plain = tiny_flux().text_encoder(ids).pooler_output
+    assert (plain - expected).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("method", "calls"),
     [
@@ -107,6 +166,55 @@ def test_what_dump_config_prints_is_a_config_and_flags_win_over_it(tmp_path):
     assert CliRunner().invoke(app, [*words, "--config", str(tmp_path / "run.yaml")]).stdout == first.stdout
     other = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "run.yaml"), "--lr", "0.01"]).stdout
     assert other == first.stdout.replace("lr: 0.001", "lr: 0.01")
+
+
+def unconditional(folder, *words):
+    """What ``diffx distill progressive`` comes to, with a tiny unconditional model in ``folder / "model"``."""
+    pipeline().save_pretrained(folder / "model")
+    fixed = ["--device", "cpu", "--cache", folder / "cache", "--json"]
+    return CliRunner().invoke(app, [str(word) for word in ("distill", "progressive", *fixed, *words)])
+
+
+def test_the_run_yaml_of_a_run_makes_it_again_bit_for_bit(tmp_path):
+    words = ["--start", 4, "--end", 2, "--train-steps", 4, "--batch-size", 4, "--num-generated", 8, "--generation-steps", 2, "--seed", 3]
+    words += ["--lora-rank", 2, "--lora-alpha", 4, "--lora-targets", "conv1,conv2", "--lr", "0.01", "--lr-schedule", "linear"]
+    first = unconditional(tmp_path, "--teacher", tmp_path / "model", *words, "--output", tmp_path / "first")
+    assert first.exit_code == 0, first.output
+    config = tmp_path / "first" / "run.yaml"
+    again = unconditional(tmp_path, "--config", config, "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    one, two = (load_file(tmp_path / name / "checkpoints" / "step-00000004" / "weights.safetensors") for name in ("first", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert (tmp_path / "again" / "run.yaml").read_text() == config.read_text()
+    shown = yaml.safe_load(unconditional(tmp_path, "--config", config, "--seed", 4, "--dump-config").stdout)
+    assert shown["seed"] == 4 and shown["lora_targets"] == ["conv1", "conv2"] and shown["teacher"] == str(tmp_path / "model")
+
+
+RUN = {"method": {"name": "Progressive", "start": 4, "end": 2}, "train": {"seed": 1}, "data": {"seed": 1}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RUN | {"trian": {"lr": 1e-3}}, "the config has trian beside method"),
+        (RUN | {"train": {"lrr": 1e-3, "seed": 1}}, "has lrr; it may have data, teacher"),
+        (RUN | {"train": {"seed": 2}}, "has seed=2 in train and 1 in data"),
+        (RUN | {"train": 3}, "has 3 for train, which is a section"),
+        (RUN | {"method": {"name": "LCM"}}, "is of the method LCM, and this command is Progressive's"),
+        ({"star": 4}, "has star; it may have data, teacher"),
+        ([1], "has no mapping; it may have"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_what_is_wrong(tmp_path, config, message):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(app, ["distill", "progressive", "--config", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_config_may_write_small_numbers_as_people_do(tmp_path):
+    (tmp_path / "run.yaml").write_text("start: 4\nend: 2\nlr: 1e-4\n")
+    shown = CliRunner().invoke(app, ["distill", "progressive", "--config", str(tmp_path / "run.yaml"), "--dump-config"]).stdout
+    assert yaml.safe_load(shown)["lr"] == 1e-4
 
 
 def test_every_field_is_a_flag_of_its_command():

@@ -6,9 +6,11 @@ import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
-from training_parts import CASES, processes, relative, run, training, weights_of
+from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
+from training_parts import CASES, pipeline, processes, relative, run, training, weights_of
 
+import diffx
 from diffx.objectives.objective import Moment
 from diffx.training import checkpoint
 from diffx.training.run import Stopped
@@ -98,6 +100,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 
     assert processes(2, stopped) == [0, 0]
     assert checkpoint.newest(tmp_path / "checkpoints").name == "step-00000003"
+
+
+def test_weights_in_parts_are_refused_before_any_work(tmp_path, monkeypatch):
+    """On CPUs accelerate shards nothing, so that its state says what it would say on GPUs; all else is real."""
+    Accelerator(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"configured for FSDP, .* use plain data parallelism"):
+        diffx.distill(pipeline(), CASES["progressive"][0], ["one"], output=tmp_path / "run", device="cpu", train_steps=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from training_parts import CASES, Both, Pictures, Spoilt, exit_code, forked, pipeline, run, training, weights_of
+from typer.testing import CliRunner
 
 from diffx.cli import app
 from diffx.objectives import DMD2, Diffusion
@@ -293,7 +295,7 @@ def test_a_stopped_command_saves_says_so_and_goes_on(tmp_path, number):
 
     process = until(3)
     os.kill(process, number)
-    assert exit_code(process) == 130
+    assert exit_code(process) == 128 + number
     step = checkpoint.load(checkpoint.newest(folder / "checkpoints"))[1]["step"]
     said = f"diffx: stopped after step {step} of 400, which is saved; the same call goes on from there"
     assert (tmp_path / "said").read_text().strip().splitlines()[-1] == said
@@ -302,6 +304,30 @@ def test_a_stopped_command_saves_says_so_and_goes_on(tmp_path, number):
     os.kill(process, signal.SIGKILL)
     exit_code(process)
     assert steps()[: step + 2] == list(range(1, step + 3))
+
+
+def test_a_command_that_was_terminated_ends_in_the_same_bits_when_given_again(tmp_path):
+    pipeline().save_pretrained(tmp_path / "model")
+    words = ["distill", "progressive", "--teacher", tmp_path / "model", "--cache", tmp_path / "cache", "--num-generated", 8]
+    words += ["--generation-steps", 2, "--start", 8, "--end", 4, "--train-steps", 40, "--batch-size", 4, "--device", "cpu", "--output"]
+    folders = tmp_path / "whole", tmp_path / "stopped"
+    whole, stopped = ([*map(str, words), str(folder)] for folder in folders)
+    log = folders[1] / "log.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "diffx", *stopped], stderr=subprocess.PIPE, text=True)
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == 143 and "of 40, which is saved; the same call goes on from there" in said.splitlines()[-1], said
+    assert checkpoint.load(checkpoint.newest(folders[1] / "checkpoints"))[1]["step"] < 40
+    for command in (stopped, whole):
+        assert CliRunner().invoke(app, command).exit_code == 0
+    (one, numbers), (two, others) = (checkpoint.load(checkpoint.newest(folder / "checkpoints")) for folder in folders)
+    assert numbers == others and one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    made = [(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for folder in folders]
+    assert made[0] == made[1]
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):

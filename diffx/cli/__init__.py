@@ -1,8 +1,10 @@
 """The ``diffx`` command: it reads flags, calls the library and prints; nothing is computed here.
 
-Exit codes: 0 done; 2 the input was wrong, said in one line on stderr; 1 anything else.
+Exit codes: 0 done; 2 the input was wrong, said in one line on stderr; 130 stopped by Ctrl-C and 143 by SIGTERM, as shells have it
+(128 and the signal's number), a training saved; 1 anything else.
 """
 
+import signal
 from typing import Annotated
 
 import typer
@@ -27,7 +29,7 @@ class Commands(TyperGroup):
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
         except KeyboardInterrupt as stop:
             typer.echo(f"diffx: {stop or 'interrupted'}", err=True)
-            raise typer.Exit(130) from stop  # what shells give for Ctrl-C
+            raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from stop
 
 
 app = typer.Typer(

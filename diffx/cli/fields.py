@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -43,8 +43,13 @@ def explanations(cls: type) -> dict[str, str]:
     return {name: text.replace("``", "").replace("[", r"\[") for name, text in found.items()}
 
 
-def merged(file: Path | None, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+def merged(
+    file: Path | None, given: Mapping[str, Any], known: Iterable[str], unpacked: Callable[[Any], Any] = lambda values: values
+) -> dict[str, Any]:
     """The values of a YAML file, and over them the flags that were given.
+
+    Args:
+        unpacked: what makes one mapping of flags of a file that has another form.
 
     Raises:
         ValueError: the file cannot be read, is no mapping, or has a key that is no flag here.
@@ -52,14 +57,21 @@ def merged(file: Path | None, given: Mapping[str, Any], known: Iterable[str]) ->
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = yaml.safe_load(file.read_text()) or {}
+            values = unpacked(yaml.safe_load(file.read_text()) or {})
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"config {str(file)!r} cannot be read ({error})") from error
         unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else ["no mapping"]
         if unknown:
             raise ValueError(f"config {str(file)!r} has {', '.join(map(str, unknown))}; it may have {', '.join(known)}")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        values = {name: _plain(value) for name, value in values.items()}
     return values | {name: value for name, value in given.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A value of YAML as dataclasses have it: tuples for lists, and 1e-4 a number, which PyYAML takes for text."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _kind(hint: Any) -> tuple[Any, Any, str | None]:

@@ -28,12 +28,21 @@ EXAMPLES = {
     "guidance": "diffx distill guidance prompts.txt --teacher PATH_OR_ID --guidance-scale 5 --lora-rank 32",
     "ct": "diffx distill ct photos/ --teacher PATH_OR_ID --train-steps 20000",
 }
+WHAT = ("data", "teacher", "lora_rank", "lora_alpha", "lora_targets", "lora_start")  # beside the fields: they say what is trained
+SECTIONS = ("model", "method", "lora", "source", "train", "data")  # of run.yaml
 Data = Annotated[
     str | None,
     typer.Argument(help="A folder of pictures, a data set's Hub id or folder, a text file of prompts; else the model makes samples."),
 ]
 Teacher = Annotated[
-    str, typer.Option("--teacher", "--model", metavar="PATH_OR_ID", help="A pipeline folder or Hub id; 'emoji' is the embedded model.")
+    str | None,
+    typer.Option(
+        "--teacher",
+        "--model",
+        metavar="PATH_OR_ID",
+        show_default=False,
+        help="A pipeline folder or Hub id; else the embedded model, emoji.",
+    ),
 ]
 Rank = Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank; else the whole network.", show_default=False)]
 Alpha = Annotated[float | None, typer.Option("--lora-alpha", help="Their factor times the rank; else the rank.", show_default=False)]
@@ -47,9 +56,10 @@ Prompts = Annotated[
 Output = Annotated[Path, typer.Option("--output", file_okay=False, help="Folder of the run; the model will be in its folder model.")]
 Report = Annotated[str | None, typer.Option("--report-to", help="tensorboard, wandb, trackio; comma-separated.", show_default=False)]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML with values for the flags below; flags win over it.", show_default=False)
+    Path | None,
+    typer.Option("--config", help="YAML as --dump-config prints it, or the run.yaml of a run; flags win over it.", show_default=False),
 ]
-Dump = Annotated[bool, typer.Option("--dump-config", help="Print the values of all flags below as YAML, and stop.")]
+Dump = Annotated[bool, typer.Option("--dump-config", help="Print data, model, adapters and all flags below as YAML, and stop.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory and network calls of an update, and stop.")]
 
 
@@ -78,7 +88,7 @@ def _command(method: Any, example: str) -> Callable:
 
     def command(
         data: Data = None,
-        teacher: Teacher = "emoji",
+        teacher: Teacher = None,
         lora_rank: Rank = None,
         lora_alpha: Alpha = None,
         lora_targets: Targets = None,
@@ -98,9 +108,13 @@ def _command(method: Any, example: str) -> Callable:
         from ..training import api
 
         of_method = {field.name: field for field in dataclasses.fields(method)}
-        chosen = merged(config, flags, list(flags))
+        targets = lora_targets.split(",") if lora_targets else None
+        what = dict(zip(WHAT, (data, teacher, lora_rank, lora_alpha, targets, lora_start), strict=True))
+        chosen = merged(config, what | flags, [*WHAT, *flags], lambda values: _of_run(values, method))
+        what = {name: chosen.pop(name, "emoji" if name == "teacher" else None) for name in WHAT}
         if dump_config:
-            values = {f.name: f.default for cls in (method, TrainConfig, DataConfig) for f in dataclasses.fields(cls)} | chosen
+            fields = {f.name: f.default for cls in (method, TrainConfig, DataConfig) for f in dataclasses.fields(cls)}
+            values = what | fields | chosen
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not dataclasses.MISSING}
             typer.echo(yaml.safe_dump(plain, sort_keys=False), nl=False)
             return
@@ -109,15 +123,15 @@ def _command(method: Any, example: str) -> Callable:
             raise ValueError(f"{' and '.join('--' + name.replace('_', '-') for name in missing)} must be given; see --help")
         objective = method(**{name: value for name, value in chosen.items() if name in of_method})
         rest = {name: value for name, value in chosen.items() if name not in of_method}
-        targets = lora_targets.split(",") if lora_targets else None
+        data, teacher, rank, alpha, ends, start = what.values()
         if dry_run:
-            found = api.cost(teacher, objective, lora=api.make_lora(lora_rank, lora_alpha, targets, lora_start), **rest)
+            found = api.cost(teacher, objective, lora=api.make_lora(rank, alpha, ends, start), **rest)
             typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
             return
         trained = (api.distill if teaches else api.train)(
-            teacher, objective, data, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=targets,
-            lora_start=lora_start, sample_prompts=sample_prompt,
-            output=output, device=device, report_to=report_to.split(",") if report_to else (), progress=not as_json, **rest,
+            teacher, objective, data, lora_rank=rank, lora_alpha=alpha, lora_targets=ends, lora_start=start,
+            sample_prompts=sample_prompt, output=output, device=device,
+            report_to=report_to.split(",") if report_to else (), progress=not as_json, **rest,
         )  # fmt: skip
         if as_json:
             typer.echo(json.dumps({"model": str(output / "model"), "call_kwargs": trained.call_kwargs, **trained.report}, indent=2))
@@ -137,6 +151,28 @@ def _command(method: Any, example: str) -> Callable:
     command.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
     return command
+
+
+def _of_run(values: Any, method: Any) -> Any:
+    """The flags of a run.yaml, which has them in sections; what has no section "method" is left as it is.
+
+    Raises:
+        ValueError: the run is of another method, or has a section that none has.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("method"), dict):
+        return values
+    if unknown := [name for name in values if name not in SECTIONS]:
+        raise ValueError(f"the config has {', '.join(map(str, unknown))} beside method; the run.yaml of a run has {', '.join(SECTIONS)}")
+    for name in SECTIONS:
+        if name != "source" and not isinstance(values.get(name) or {}, dict):
+            raise ValueError(f"the config has {values[name]!r} for {name}, which is a section")
+    model, of_method, lora, train, data = (dict(values.get(name) or {}) for name in ("model", "method", "lora", "train", "data"))
+    if (name := of_method.pop("name", None)) != method.__name__:
+        raise ValueError(f"the config is of the method {name}, and this command is {method.__name__}'s")
+    if train.get("seed") != data.get("seed"):
+        raise ValueError(f"the config has seed={train.get('seed')} in train and {data.get('seed')} in data; --seed is of both")
+    what = {"data": values.get("source"), "teacher": model.get("from")} | {f"lora_{name}": value for name, value in lora.items()}
+    return {**{name: value for name, value in what.items() if value is not None}, **of_method, **train, **data}
 
 
 distill = typer.Typer(cls=Methods, no_args_is_help=True, help="Make a student that needs fewer network calls; one command per method.")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from ..calibration.problem import sketch
 from ..families import Family, family_of
@@ -77,7 +77,9 @@ def distill(
     The same call goes on where an interrupted one stood, bit for bit.
 
     Args:
-        teacher: a pipeline, its folder or its Hub id; None is the embedded model. A LoRA student's adapters are put into its network.
+        teacher: a pipeline, its folder or its Hub id; None is the embedded model. A pipeline that is handed in is used, not copied:
+            LoRAs that act in it teach, too, and are added to its weights for good, others are unloaded; a LoRA student's adapters
+            are put into its network.
         method: of ``diffx.objectives``, such as ``Progressive(start=32, end=4)`` or ``LCM()``.
         data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples, and the embedded model
             has its own pictures; see ``DataConfig``.
@@ -169,13 +171,20 @@ def split(options: Mapping[str, Any]) -> dict[str, Any]:
     return {section: cls(**{k: v for k, v in options.items() if k in names[section]}) for section, cls in SECTIONS.items()}
 
 
-def describe(family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares."""
+def describe(model: Any, family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares.
+
+    ``model`` is where it came from, for whom begins the run anew; its weights are what counts.
+    """
     settings = {section: {k: v for k, v in asdict(config).items() if k not in HERE} for section, config in sections.items()}
     method = {"name": type(objective).__name__, **asdict(objective)}
-    told = str(data) if isinstance(data, str | Path) else None if data is None else type(data).__name__
-    model = {"pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
-    return {"model": model, "method": method, "lora": asdict(lora) if lora else None, "source": told, **settings}
+    loaded = {"from": _said(model), "pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
+    return {"model": loaded, "method": method, "lora": asdict(lora) if lora else None, "source": _said(data), **settings}
+
+
+def _said(given: Any) -> str | None:
+    """What a model or data was said to be: its path or id, or what kind of object it is."""
+    return None if given is None else str(given) if isinstance(given, str | Path) else type(given).__name__
 
 
 def _run(
@@ -187,11 +196,12 @@ def _run(
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=device == "cpu", log_with=list(report_to) or None, project_dir=str(folder)
     )
+    check_whole(accelerator)
     pipe = model if _is_pipeline(model) else load_pipeline(model, device="cpu")
     fuse_loras(pipe)
     pipe.to(accelerator.device)
     family = family_of(pipe)
-    described = describe(family, objective, lora, data, sections)
+    described = describe(model, family, objective, lora, data, sections)
     size = picture_size(family, sections["data"].resolution)
     shown = progress and accelerator.is_main_process
     if data is None and model in (None, "emoji"):
@@ -215,6 +225,18 @@ def _run(
     return trained
 
 
+def check_whole(accelerator: Accelerator) -> None:
+    """Refuse, before any work, processes that each hold a part of the weights: samples and exports need them whole on one."""
+    kind = accelerator.distributed_type
+    plugin = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
+    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError(
+            f"accelerate is configured for {kind.value}, which leaves each process a part of the weights, and those are not sampled or "
+            "exported yet; use plain data parallelism (accelerate launch --multi_gpu), with lora_rank and gradient_checkpointing where "
+            "memory is short"
+        )
+
+
 def embedded_pictures() -> list[dict[str, Any]]:
     """What the embedded model was trained on, each glyph in a few renderings: what it is trained further on where no data is given."""
     from .. import glyphs
@@ -223,9 +245,16 @@ def embedded_pictures() -> list[dict[str, Any]]:
 
 
 def fuse_loras(pipe: Any) -> None:
-    """Add LoRAs that are loaded in a pipeline to its weights, so that they teach, too."""
-    if getattr(pipe, "get_active_adapters", None) and pipe.get_active_adapters():
-        pipe.fuse_lora()
+    """Add the LoRAs that act in a pipeline to its weights, text encoders' included, and unload all: the same predictions, plain layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = {name: getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ())}
+    layers = {
+        name: [layer for layer in part.modules() if isinstance(layer, BaseTunerLayer)] for name, part in parts.items() if part is not None
+    }
+    if acting := [name for name, found in layers.items() if any(not layer.disable_adapters for layer in found)]:
+        pipe.fuse_lora(components=acting)  # by name: some pipelines leave out their text encoders
+    if any(layers.values()):
         pipe.unload_lora_weights()
 
 

@@ -25,11 +25,15 @@ from .sheet import pictures, sheet
 Metric = Callable[[Any, Mapping[str, Any]], float]  # (stock pipeline, call arguments) -> a figure of which less is better
 KEPT = 2  # checkpoints besides the best
 PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
-FREE = ("train.save_every", "train.evaluate_every")  # fields that may differ at a resume: they change no weight
+FREE = ("train.save_every", "train.evaluate_every", "model.from")  # what may differ at a resume: it changes no weight
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to stop, and saved itself."""
+    """A run was asked to stop, and saved itself; ``number`` is the signal that asked (SIGINT where only another process got one)."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass
@@ -75,12 +79,13 @@ class Run:
                 last = now.step == config.train_steps
                 if (config.evaluate_every and not now.step % config.evaluate_every) or last:
                     self._evaluate(now.step)
-                asked = self._anyone(stop.is_set())
+                asked = self._anyone(bool(stop))
                 if asked or last or not now.step % config.save_every:
                     self._save()
                 if asked and not last:
                     raise Stopped(
-                        f"stopped after step {now.step} of {config.train_steps}, which is saved; the same call goes on from there"
+                        f"stopped after step {now.step} of {config.train_steps}, which is saved; the same call goes on from there",
+                        stop[0] if stop else signal.SIGINT,
                     )
         return self._finish()
 
@@ -189,21 +194,21 @@ class Run:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """An event that SIGINT (Ctrl-C) and SIGTERM set instead of ending the program; a second SIGINT ends it at once."""
-    asked = threading.Event()
+def stopping() -> Iterator[list[int]]:
+    """The signals that came, SIGINT (Ctrl-C) and SIGTERM, which do not end the program inside; a second SIGINT ends it at once."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
-        yield asked
+        yield came
         return
 
     def note(number: int, frame: Any) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        came.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
