@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         TableScheduler,
         UniPC,
     )  # fmt: skip
+    from .conditioning.controlnets import ControlNet
     from .training.api import Trained, distill, train
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Imported on first use, so that ``import diffx`` stays cheap.
 _PUBLIC = {
     "Calibrated": "diffx.schedulers",
+    "ControlNet": "diffx.conditioning.controlnets",
     "DDIM": "diffx.schedulers",
     "DDPM": "diffx.schedulers",
     "DEIS": "diffx.schedulers",
@@ -53,7 +55,7 @@ _PUBLIC = {
     "train": "diffx.training.api",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
     "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
 ]  # fmt: skip
 
