@@ -102,7 +102,7 @@ def retrieval(table: np.ndarray) -> float:
 
 
 def controlnet() -> None:
-    row = trained("controlnet", diffx.ControlNet("canny"), 3000, 4e-4, Diffusion(weighting="min_snr", condition_dropout=0.5, ema_decay=0.995))
+    row = trained("controlnet", diffx.ControlNet("canny"), 2000, 8e-4, Diffusion(condition_dropout=0.5, ema_decay=0.995))
     network = ControlNetModel.from_pretrained(RUNS / "controlnet" / "model")
     base = load_pipeline(device="cpu")
     pipe = StableDiffusionControlNetPipeline(**base.components, controlnet=network, requires_safety_checker=False)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         UniPC,
     )  # fmt: skip
     from .conditioning.controlnets import ControlNet
+    from .conditioning.ip_adapter import IPAdapter
     from .training.api import Trained, distill, train
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Calibrated": "diffx.schedulers",
     "ControlNet": "diffx.conditioning.controlnets",
+    "IPAdapter": "diffx.conditioning.ip_adapter",
     "DDIM": "diffx.schedulers",
     "DDPM": "diffx.schedulers",
     "DEIS": "diffx.schedulers",
@@ -55,7 +57,7 @@ _PUBLIC = {
     "train": "diffx.training.api",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "IPAdapter", "Row",
     "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
 ]  # fmt: skip
 

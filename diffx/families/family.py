@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +67,8 @@ class Family(ABC):
         return {}
 
     @property
-    def dropouts(self) -> Mapping[str, tuple[float, Sequence[str]]]:
-        """Parts of the condition that training also drops alone: (share of samples, names in ``null_condition``) by a word for each."""
+    def dropouts(self) -> Mapping[str, tuple[float, Callable[[str], bool]]]:
+        """Parts of the condition that training also drops alone, by a word for each: (share of samples, which names are of the part)."""
         return {}
 
     @abstractmethod

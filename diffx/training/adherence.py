@@ -15,7 +15,7 @@ from .cache import read_for, shown_of
 from .curve import GAIN, SHUFFLED, TRUE
 from .data import DataConfig, Pictures, Prompts
 from .pictures import Size, cuts_of, open_picture
-from .run import Measured
+from .run import Measured, Metric
 from .sheet import sheet
 
 MOST_HELD_OUT = 32
@@ -47,14 +47,17 @@ class Adherence:
 
     Each picture is cut in its middle and shown, as in training; the pipeline draws a sample with its caption, from a noise of its own.
     *True* is the mean likeness of samples to what they were shown, *shuffled* that to what four others were shown, *gain* the
-    difference: what the pictures have in common, and what captions say, is in both.
+    difference: what the pictures have in common is in both.
 
     Args:
+        metric: that says which is better, instead of the gain.
         calls: of the network, for each sample.
     """
 
-    def __init__(self, family: AdaptedFamily, held: Pictures, size: Size, *, calls: int = CALLS, seed: int = 0) -> None:
-        self.family, self.size, self.calls, self.seed = family, size, calls, seed
+    def __init__(
+        self, family: AdaptedFamily, held: Pictures, size: Size, metric: Metric | None = None, *, calls: int = CALLS, seed: int = 0
+    ) -> None:
+        self.family, self.size, self.metric, self.calls, self.seed = family, size, metric, calls, seed
         self.texts = held.texts
         self.shown = [shown_of(held, i, _middle(open_picture(held.files[i]), size), family) for i in range(len(held))]
 
@@ -62,7 +65,11 @@ class Adherence:
         made = self.draw(pipe, dict(call_kwargs) | {"num_inference_steps": self.calls})
         likeness = self.family.likeness(self.shown, made)
         true, shuffled = float(likeness[:, 0].mean()), float(likeness[:, 1:].mean())
-        return Measured(shuffled - true, {TRUE: true, SHUFFLED: shuffled, GAIN: true - shuffled}, pairs(self.shown, made))
+        figures, drawn = {TRUE: true, SHUFFLED: shuffled, GAIN: true - shuffled}, pairs(self.shown, made)
+        found = self.metric(pipe, call_kwargs) if self.metric else shuffled - true
+        if not isinstance(found, Measured):
+            return Measured(float(found), figures, drawn)
+        return Measured(found.value, {**figures, **found.figures}, found.sheet or drawn)
 
     @torch.no_grad()
     def draw(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> list[Image.Image]:

@@ -123,8 +123,9 @@ def train(
 ) -> Trained:
     """``model`` trained on data: its network, low-rank adapters in it, or a ControlNet or IP-Adapter beside it; arguments as in ``distill``.
 
-    Adapters are measured on pictures that are kept from training, unless another ``metric`` is given: how much each sample follows
-    what it was shown, less how much it follows what others were shown. An IP-Adapter is put into the model's network.
+    Adapters are measured on pictures that are kept from training: how much each sample follows what it was shown, less how much it
+    follows what others were shown; the best checkpoint by that, or by ``metric``, is the result. An IP-Adapter is put into the model's
+    network.
 
     Args:
         trains: an objective trains the network, and None is ``Diffusion()``; ``ControlNet()`` or ``IPAdapter()`` train one, and the
@@ -141,6 +142,8 @@ def train(
         if not isinstance(trains, Objective | None):
             raise ValueError(f"trains={trains!r} is nothing to train; pass Diffusion(), ControlNet() or IPAdapter()")
         objective = trains
+    elif sample_prompts:
+        raise ValueError("sample_prompts are of networks; the sheets of adapters show the held-out pictures, with their own captions")
     elif lora_rank is not None:
         raise ValueError(f"lora_rank={lora_rank} trains a LoRA in the network, which stays as it is beside a {type(adapter).__name__}")
     if data is None and model not in (None, "emoji"):
@@ -218,9 +221,9 @@ def _run(
         data = embedded_pictures()
     if adapter is None and sections["data"].num_held_out is not None:
         raise ValueError("num_held_out is for adapters, which are measured on those pictures; networks are measured by a metric")
-    if isinstance(family, AdaptedFamily) and metric is None and not _is_examples(data):
+    if isinstance(family, AdaptedFamily) and not _is_examples(data):
         data, held = hold_out(family, data, held_out, sections["data"])
-        metric = Adherence(family, held, size, seed=sections["data"].seed)
+        metric = Adherence(family, held, size, metric, seed=sections["data"].seed)
     examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
     nets = Networks(family, objective, lora, size=size)
     training = Training(nets, examples, config, accelerator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +108,18 @@ class Networks:
     def dropout(self, batch: Batch, share: float) -> Condition:
         """The batch's condition with nothing said of that share of its samples, and parts of it left out as the family's ``dropouts`` say."""
         condition = self.without(batch.condition, batch.draws.uniform("dropout") < share)
-        for word, (part, names) in self.family.dropouts.items():
-            condition = self.without(condition, batch.draws.uniform(f"dropout/{word}") < part, names)
+        for word, (part, is_part) in self.family.dropouts.items():
+            condition = self.without(condition, batch.draws.uniform(f"dropout/{word}") < part, is_part)
         return condition
 
-    def without(self, condition: Condition, dropped: np.ndarray, names: Sequence[str] | None = None) -> Condition:
-        """``condition`` with nothing said of the samples in ``dropped`` (B,), a mask; with ``names`` only these say nothing."""
+    def without(self, condition: Condition, dropped: np.ndarray, is_part: Callable[[str], bool] = lambda name: True) -> Condition:
+        """``condition`` with nothing said of the samples in ``dropped`` (B,), a mask, in the names of a part of it."""
         if self.null is None or not dropped.any():
             return condition
         mask = torch.as_tensor(dropped)
         made = dict(condition)
         for name, null in self.null.items():
-            if names is not None and name not in names:
+            if not is_part(name):
                 continue
             value = condition[name]
             rows = mask.to(value.device).view(-1, *[1] * (value.ndim - 1))

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..conditioning.adapter import AdaptedFamily
 from ..evaluation.report import write_atomically
 from . import checkpoint
 from .curve import GAIN, draw, moment
@@ -169,10 +170,10 @@ class Run:
             pipe, call_kwargs = self.training.result()
             found = self.metric(pipe, call_kwargs) if self.metric else math.nan
             found = found if isinstance(found, Measured) else Measured(float(found))
-            drawn = found.sheet or self._sheet(pipe, call_kwargs)
-            folder = self.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
+            if drawn := found.sheet or self._sheet(pipe, call_kwargs):
+                folder = self.folder / "samples"
+                folder.mkdir(exist_ok=True)
+                write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
             if self.metric:
                 self.measured[step] = found.value if math.isfinite(found.value) else None  # as JSON says it
                 entry = {"step": step, "metric": self.measured[step]}
@@ -186,7 +187,9 @@ class Run:
             if self.main:
                 self._point_at_best()
 
-    def _sheet(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> Image.Image:
+    def _sheet(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> Image.Image | None:
+        if isinstance(self.training.nets.family, AdaptedFamily):
+            return None  # only a metric knows what its samples could be shown
         height, width = picture_size(self.training.nets.family, None)
         return sheet(pictures(pipe, call_kwargs, self.prompts, at_once=max(1, PIXELS_AT_ONCE // (height * width))))
 
