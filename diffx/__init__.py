@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         TableScheduler,
         UniPC,
     )  # fmt: skip
+    from .conditioning.controlnets import ControlNet
+    from .conditioning.ip_adapter import IPAdapter
     from .training.api import Trained, distill, train
 
 __version__ = "0.1.0"
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Imported on first use, so that ``import diffx`` stays cheap.
 _PUBLIC = {
     "Calibrated": "diffx.schedulers",
+    "ControlNet": "diffx.conditioning.controlnets",
+    "IPAdapter": "diffx.conditioning.ip_adapter",
     "DDIM": "diffx.schedulers",
     "DDPM": "diffx.schedulers",
     "DEIS": "diffx.schedulers",
@@ -55,9 +59,8 @@ _PUBLIC = {
     "train": "diffx.training.api",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "Row",
-    "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives",
-    "train",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun",
+    "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives", "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

@@ -97,7 +97,7 @@ class TransformersFeatures:
         from transformers import AutoModel, CLIPVisionModelWithProjection
 
         classes = {"clip_vision_model": CLIPVisionModelWithProjection}
-        self._model = _ImageModel(model, lambda config: classes.get(config.model_type, AutoModel), device)
+        self._model = ImageModel(model, lambda config: classes.get(config.model_type, AutoModel), device)
         self.name = self._model.name
         self._tokenizer = _tokenizer(model) if self._model.config.model_type in TEXT_IMAGE else None
 
@@ -145,7 +145,7 @@ class TransformersClassifier:
     def __init__(self, model: str | Path, device: str = "cpu") -> None:
         from transformers import AutoModelForImageClassification
 
-        self._model = _ImageModel(model, lambda config: AutoModelForImageClassification, device)
+        self._model = ImageModel(model, lambda config: AutoModelForImageClassification, device)
         if self._model.no_pooler:
             raise ValueError(f"{str(model)!r} lacks the weights of its pooler; use a folder of a whole classifier")
         self.name = self._model.name
@@ -156,8 +156,15 @@ class TransformersClassifier:
         return torch.cat(logits).softmax(1).numpy()
 
 
-class _ImageModel:
-    """A transformers network and what its pictures have to look like."""
+class ImageModel:
+    """A transformers network, and its pictures as it wants them.
+
+    Args:
+        choose: the class to load, by the model's config.
+
+    Raises:
+        ValueError: the model cannot be loaded, lacks weights, or is none of pictures.
+    """
 
     def __init__(self, model: str | Path, choose: Callable[[Any], Any], device: str) -> None:
         from transformers import AutoConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..schedulers.process import Process, is_flow, make_process
 
 Condition = Mapping[str, Tensor]  # what the network is told of each sample, by the name of its keyword; each (B, ...)
+REFERENCE = "reference"  # name of the embedding of a reference picture in the condition of networks with an IP-Adapter
 STOCK_KEYS: dict[str, Any] = dict(
     prediction_type="epsilon", num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
     rescale_betas_zero_snr=False,
@@ -62,6 +63,11 @@ class Family(ABC):
         """
         return {}
 
+    @property
+    def dropouts(self) -> Mapping[str, tuple[float, Callable[[str], bool]]]:
+        """Parts of the condition that training also drops alone, by a word for each: (share of samples, which names are of the part)."""
+        return {}
+
     @abstractmethod
     def forward(self, network: Any, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> Tensor:
         """(B, ...) the network's output, of the shape of ``x`` and the type that ``process.prediction_type`` names.
@@ -104,9 +110,19 @@ class Family(ABC):
         return isinstance(self.pipe, LoraBaseMixin)
 
     @property
-    def base(self) -> Any:
-        """The trained component itself."""
+    def denoiser(self) -> Any:
+        """The network that denoises, a component of the pipeline."""
         return getattr(self.pipe, self.network)
+
+    @property
+    def base(self) -> Any:
+        """What is trained, as it stands before: the denoiser, unless an adapter of it is."""
+        return self.denoiser
+
+    @property
+    def frozen(self) -> Sequence[Any]:
+        """Networks that ``forward`` calls besides the trained one."""
+        return ()
 
     def scheduler_config(self, **changes: Any) -> dict[str, Any]:
         """The keys of the model's scheduler that say how it was noised, for a scheduler of another class."""
@@ -126,11 +142,11 @@ def process_of(scheduler: Any) -> Process:
     return make_process(known | {k: v for k, v in config.items() if k in known}, "vp", zero_snr=0.0)
 
 
-def remade(pipe: Any, **components: Any) -> Any:
-    """A pipeline of the same class with other components, whose types stay as they are (``from_pipe`` casts them)."""
-    takes = inspect.signature(type(pipe).__init__).parameters
-    settings = {name: value for name, value in pipe.config.items() if name in takes and name not in pipe.components}
-    made = type(pipe)(**{**pipe.components, **components}, **settings)
+def remade(pipe: Any, kind: Any = None, **components: Any) -> Any:
+    """A pipeline of the same class, or of class ``kind``, with other components, whose types stay as they are (``from_pipe`` casts them)."""
+    kind = kind or type(pipe)
+    takes = inspect.signature(kind.__init__).parameters
+    made = kind(**{name: value for name, value in {**pipe.config, **pipe.components, **components}.items() if name in takes})
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from .family import Condition, config_of, need
+from .family import REFERENCE, Condition, config_of, need
 from .latent import LatentFamily
 from .stable_diffusion_3 import JOINT_ATTENTION_TARGETS
 
@@ -38,13 +38,16 @@ class Flux(LatentFamily):
         if config_of(network).guidance_embeds and guidance is None:
             guidance = x.new_ones(len(x), dtype=torch.float32)
         height, width = x.shape[-2:]
+        told: dict[str, Any] = dict(condition)
+        if REFERENCE in told:
+            told["joint_attention_kwargs"] = {"ip_adapter_image_embeds": [told.pop(REFERENCE)]}  # of the one IP-Adapter
         packed = network(
             FluxPipeline._pack_latents(x, len(x), x.shape[1], height, width),
             timestep=t / 1000,
             guidance=guidance,
             txt_ids=x.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
             img_ids=FluxPipeline._prepare_latent_image_ids(len(x), height // 2, width // 2, x.device, x.dtype),
-            **condition,
+            **told,
             return_dict=False,
         )[0]
         return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)

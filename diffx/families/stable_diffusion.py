@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import LatentConsistencyModelPipeline
 from torch import Tensor, nn
 
-from .family import Condition, config_of, need
+from .family import REFERENCE, Condition, config_of, need
 from .latent import LatentFamily
 from .unet2d import UNET_TARGETS
 
@@ -18,6 +18,7 @@ class StableDiffusion(LatentFamily):
     """``StableDiffusionPipeline``, epsilon or v, and the networks that are told the guidance scale (``time_cond_proj_dim``)."""
 
     lora_targets = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", *UNET_TARGETS)
+    control_pipeline: ClassVar[str] = "StableDiffusionControlNetPipeline"  # Diffusers' class for a ControlNet beside such a model
     takes_guidance = True  # type: ignore[assignment]  # a property that is always so
 
     @torch.no_grad()
@@ -30,17 +31,22 @@ class StableDiffusion(LatentFamily):
     def null_condition(self, *, size: tuple[int, int]) -> Condition | None:
         return self.encode_condition([""], None, size=size)
 
-    def forward(self, network, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> Tensor:
+    def forward(self, network, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None, **more: Any) -> Tensor:
+        """As any family's; ``more`` goes to the network as it is."""
         told, width = None, config_of(network).time_cond_proj_dim
         if width is not None:
             told = guidance_embedding(x.new_ones(len(x)) if guidance is None else guidance, width)
         else:
             assert guidance is None, "with_guidance_embedding() makes networks that are told a guidance scale"
-        return network(x, t, **self.keywords(condition), timestep_cond=told, return_dict=False)[0]
+        return network(x, t, **self.keywords(condition), timestep_cond=told, **more, return_dict=False)[0]
 
     def keywords(self, condition: Condition) -> dict[str, Any]:
         """The condition as the network takes it."""
-        return dict(condition)
+        made: dict[str, Any] = {"encoder_hidden_states": condition["encoder_hidden_states"]}
+        added: dict[str, Any] = {name: value for name, value in condition.items() if name not in made}
+        if REFERENCE in added:
+            added["image_embeds"] = [added.pop(REFERENCE)]  # of the one IP-Adapter
+        return made | ({"added_cond_kwargs": added} if added else {})
 
     def with_guidance_embedding(self, network: Any) -> Any:
         if network.config.time_cond_proj_dim is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .family import Condition, need
+from .family import REFERENCE, Condition, need
 from .latent import LatentFamily
 
 # As Diffusers' train_dreambooth_lora_sd3.py has them.
@@ -36,4 +37,7 @@ class StableDiffusion3(LatentFamily):
         return self.encode_condition([""], None, size=size)
 
     def forward(self, network, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> Tensor:
-        return network(x, timestep=t, **condition, return_dict=False)[0]
+        told: dict[str, Any] = dict(condition)
+        if REFERENCE in told:
+            told["joint_attention_kwargs"] = {"ip_adapter_image_embeds": told.pop(REFERENCE)}
+        return network(x, timestep=t, **told, return_dict=False)[0]

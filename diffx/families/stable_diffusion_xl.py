@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,8 @@ from .stable_diffusion import StableDiffusion
 
 class StableDiffusionXL(StableDiffusion):
     """``StableDiffusionXLPipeline``; its condition is ``encoder_hidden_states``, ``text_embeds`` (pooled) and ``time_ids`` (sizes)."""
+
+    control_pipeline = "StableDiffusionXLControlNetPipeline"
 
     @torch.no_grad()
     def encode_condition(self, texts: Sequence[str] | None, labels: Tensor | None, *, size: tuple[int, int]) -> Condition:
@@ -29,7 +30,3 @@ class StableDiffusionXL(StableDiffusion):
         texts = {name: value for name, value in self.encode_condition([""], None, size=size).items() if name != "time_ids"}
         zeros = self.pipe.config.force_zeros_for_empty_prompt
         return {name: torch.zeros_like(value) for name, value in texts.items()} if zeros else texts
-
-    def keywords(self, condition: Condition) -> dict[str, Any]:
-        added = {name: condition[name] for name in ("text_embeds", "time_ids")}
-        return {"encoder_hidden_states": condition["encoder_hidden_states"], "added_cond_kwargs": added}

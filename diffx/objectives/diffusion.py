@@ -67,8 +67,8 @@ class Diffusion(Objective):
         if self.offset_noise:
             noise = noise + self.offset_noise * batch.draws.normal("offset", batch.x0[:, :, *[slice(0, 1)] * (batch.x0.ndim - 2)])
         x = noised(batch.x0, noise, level)
-        dropped = batch.draws.uniform("dropout") < self.condition_dropout
-        difference = output_error(nets, "student", x, level, nets.without(batch.condition, dropped), Prediction(batch.x0, noise))
+        condition = nets.dropout(batch, self.condition_dropout)
+        difference = output_error(nets, "student", x, level, condition, Prediction(batch.x0, noise))
         match self.distance:
             case "mse":
                 distance = squared(difference)

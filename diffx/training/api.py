@@ -12,10 +12,12 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from ..calibration.problem import sketch
+from ..conditioning.adapter import AdaptedFamily, Adapter
 from ..families import Family, family_of
 from ..loading import load_pipeline
 from ..objectives.diffusion import Diffusion
 from ..objectives.objective import Inference, Objective
+from .adherence import Adherence, hold_out
 from .cache import make_cache
 from .config import TrainConfig
 from .cost import Cost, cost_of
@@ -47,7 +49,7 @@ class Trained:
     inference: Inference
 
     def save_pretrained(self, folder: str | Path, *, form: Form | None = None, kohya: bool = False) -> Path:
-        """Write the result for stock Diffusers: "full", "lora" or "merged"; None is the smallest that it loads.
+        """Write the result for stock Diffusers: "full", "lora", "merged" or "adapter"; None is the smallest that it loads.
 
         Raises:
             ValueError: this result has no such form, or ``folder`` holds something else.
@@ -107,9 +109,11 @@ def distill(
 
 def train(
     model: Any = None,
-    objective: Objective | None = None,
+    trains: Objective | Adapter | None = None,
     data: Any = None,
     *,
+    objective: Objective | None = None,
+    held_out: Any = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: Sequence[str] | None = None,
@@ -122,21 +126,43 @@ def train(
     progress: bool = True,
     **options: Any,
 ) -> Trained:
-    """``model`` trained on data, all of its network or an adapter; arguments as in ``distill``.
+    """``model`` trained on data: its network, low-rank adapters in it, or a ControlNet or IP-Adapter beside it; arguments as in ``distill``.
+
+    Adapters are measured on pictures that are kept from training: how much each sample follows what it was shown, less how much it
+    follows what others were shown; the best checkpoint by that, or by ``metric``, is the result. An IP-Adapter is put into the model's
+    network.
 
     Args:
-        objective: None is ``Diffusion()``.
+        trains: an objective trains the network, and None is ``Diffusion()``; ``ControlNet()`` or ``IPAdapter()`` train one, and the
+            network stays as it is.
+        objective: of an adapter; None is ``Diffusion()``.
+        held_out: pictures to measure an adapter on, as ``data``; None keeps ``num_held_out`` of the data for it.
     """
+    adapter = trains if isinstance(trains, Adapter) else None
+    if adapter is None:
+        if held_out is not None:
+            raise ValueError("held_out is for adapters, which are measured on those pictures; networks are measured by a metric")
+        if objective is not None:
+            raise ValueError(f"objective={objective!r} is for adapters; what trains the network is the second argument")
+        if not isinstance(trains, Objective | None):
+            raise ValueError(f"trains={trains!r} is nothing to train; pass Diffusion(), ControlNet() or IPAdapter()")
+        objective = trains
+    elif sample_prompts:
+        raise ValueError("sample_prompts are of networks; the sheets of adapters show the held-out pictures, with their own captions")
+    elif lora_rank is not None:
+        raise ValueError(f"lora_rank={lora_rank} trains a LoRA in the network, which stays as it is beside a {type(adapter).__name__}")
     if data is None and model not in (None, "emoji"):
         raise ValueError("data is missing: a folder of pictures, a data set, or a list of dicts with image and text")
     lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_start)
-    return _run(model, objective or Diffusion(), data, lora, metric, sample_prompts, output, device, report_to, progress, options)
+    objective = objective or Diffusion()
+    return _run(model, objective, data, lora, metric, sample_prompts, output, device, report_to, progress, options, adapter, held_out)
 
 
-def cost(model: Any, objective: Objective, *, lora: Lora | None = None, **options: Any) -> Cost:
+def cost(model: Any, objective: Objective, *, lora: Lora | None = None, adapter: Adapter | None = None, **options: Any) -> Cost:
     """What one update of such a training costs: parameters, memory of weights and optimizer, network calls; nothing is trained."""
     sections = split(options)
     family = family_of(load_pipeline(model, device="cpu")) if not _is_pipeline(model) else family_of(model)
+    family = adapter.wrap(family) if adapter else family
     return cost_of(family, objective, lora, sections["train"], picture_size(family, sections["data"].resolution))
 
 
@@ -178,8 +204,9 @@ def describe(model: Any, family: Family, objective: Objective, lora: Lora | None
     """
     settings = {section: {k: v for k, v in asdict(config).items() if k not in HERE} for section, config in sections.items()}
     method = {"name": type(objective).__name__, **asdict(objective)}
-    loaded = {"from": _said(model), "pipeline": type(family.pipe).__name__, "weights": sketch(family.base)}
-    return {"model": loaded, "method": method, "lora": asdict(lora) if lora else None, "source": _said(data), **settings}
+    loaded = {"from": _said(model), "pipeline": type(family.pipe).__name__, "weights": sketch(family.denoiser)}
+    adapter = {"adapter": family.adapter.describe()} if isinstance(family, AdaptedFamily) else {}
+    return {"model": loaded, **adapter, "method": method, "lora": asdict(lora) if lora else None, "source": _said(data), **settings}
 
 
 def _said(given: Any) -> str | None:
@@ -190,6 +217,7 @@ def _said(given: Any) -> str | None:
 def _run(
     model: Any, objective: Objective, data: Any, lora: Lora | None, metric: Metric | None, prompts: Sequence[str] | None,
     output: str | Path, device: str | None, report_to: Sequence[str], progress: bool, options: Mapping[str, Any],
+    adapter: Adapter | None = None, held_out: Any = None,
 ) -> Trained:  # fmt: skip
     sections, folder = split(options), Path(output)
     config: TrainConfig = sections["train"]
@@ -200,18 +228,23 @@ def _run(
     pipe = model if _is_pipeline(model) else load_pipeline(model, device="cpu")
     fuse_loras(pipe)
     pipe.to(accelerator.device)
-    family = family_of(pipe)
+    family = adapter.wrap(family_of(pipe)) if adapter else family_of(pipe)
     described = describe(model, family, objective, lora, data, sections)
     size = picture_size(family, sections["data"].resolution)
     shown = progress and accelerator.is_main_process
     if data is None and model in (None, "emoji"):
         data = embedded_pictures()
+    if adapter is None and sections["data"].num_held_out is not None:
+        raise ValueError("num_held_out is for adapters, which are measured on those pictures; networks are measured by a metric")
+    if isinstance(family, AdaptedFamily) and not _is_examples(data):
+        data, held = hold_out(family, data, held_out, sections["data"])
+        metric = Adherence(family, held, size, metric, seed=sections["data"].seed)
     examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
     nets = Networks(family, objective, lora, size=size)
     training = Training(nets, examples, config, accelerator)
     if report_to:
         accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
-    report = Run(training, folder, described, metric, prompts, progress).go()
+    report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
     if report_to:
         accelerator.end_training()
     for role, network in nets.modules.items():

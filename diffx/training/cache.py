@@ -7,22 +7,24 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..calibration.problem import key_of
+from ..conditioning.adapter import AdaptedFamily
 from ..families import Condition, Family
 from .data import DataConfig, Pictures, Prompts, read_data
 from .draws import hashed
 from .encoders import FORMAT, TEXT_ENCODERS, VAE, finite, hash_of, made_by
 from .generated import Generated
-from .pictures import Cut, Size, buckets, channels_of, cuts_of, open_picture, picture_size, pixels_of, side_multiple
+from .pictures import Cut, Size, buckets, channels_of, cut_of, cuts_of, open_picture, picture_size, pixels_of, side_multiple
 from .store import Rows, Store
 
 PIXELS_AT_ONCE = 2**21  # encoded in one call: two pictures of 1024 x 1024
@@ -33,13 +35,17 @@ NUM_SHOWN = 5  # unreadable pictures in one message
 
 @dataclass(frozen=True)
 class Group:
-    """The examples of one picture size: clean samples, different conditions, which of these each sample has, and what else it is told."""
+    """The examples of one picture size: clean samples, different conditions, which of these each sample has, and what else it is told.
+
+    ``shown`` is what an adapter is shown of each; None where none is trained.
+    """
 
     size: Size
     samples: Store
     conditions: Store
     told: np.ndarray
     extra: Condition
+    shown: Store | None = None
 
 
 class Cache:
@@ -69,7 +75,8 @@ class Cache:
         owner = owners.pop()
         group, rows = self.groups[owner], [int(i - self._starts[owner]) for i in indices]
         condition = group.conditions.read([int(group.told[row]) for row in rows])
-        return group.samples.read(rows)["x0"], condition | {name: value[rows] for name, value in group.extra.items()}
+        condition |= {name: value[rows] for name, value in group.extra.items()} | (group.shown.read(rows) if group.shown else {})
+        return group.samples.read(rows)["x0"], condition
 
 
 def make_cache(data: Any, family: Family, config: DataConfig | None = None, *, progress: bool = True) -> Cache:
@@ -86,13 +93,25 @@ def make_cache(data: Any, family: Family, config: DataConfig | None = None, *, p
     """
     config = config or DataConfig()
     size = picture_size(family, config.resolution)
-    source = read_data(data, config, _told(family, size))
+    source = read_for(family, data, config)
     _check_labels(source, family)
     folder = (Path(config.cache) if config.cache else default_cache()).expanduser()
     with torch.no_grad():
         if isinstance(source, Prompts):
+            if isinstance(family, AdaptedFamily):
+                raise ValueError(f"{type(family.adapter).__name__} learns from pictures, and the data has none; pass a folder of pictures")
             return Cache([_generated(Generated(source, family, config, size), folder, progress)])
         return Cache(_encoded(source, family, config, size, folder, progress))
+
+
+def read_for(family: Family, data: Any, config: DataConfig) -> Pictures | Prompts:
+    """``data`` as ``make_cache`` takes it, numbered; nothing is encoded.
+
+    Raises:
+        ValueError: it lacks what the model is told, or its adapter shown.
+    """
+    column = family.column if isinstance(family, AdaptedFamily) else None
+    return read_data(data, config, _told(family, picture_size(family, config.resolution)), column)
 
 
 def default_cache() -> Path:
@@ -139,8 +158,46 @@ def _encoded(source: Pictures, family: Family, config: DataConfig, size: Size, f
         texts = [source.texts[i] for i, _ in rows] if source.texts else None
         labels = [source.labels[i] for i, _ in rows] if source.labels else None
         conditions, told = _conditions(texts, labels, len(rows), family, size, folder, progress)
-        groups.append(Group(size, samples, conditions, told, _sizes(family, size, [(originals[i], cut.corner) for i, cut in rows])))
+        extra = _sizes(family, size, [(originals[i], cut.corner) for i, cut in rows])
+        shown = _shown(source, rows, digests, family, size, folder, progress) if isinstance(family, AdaptedFamily) else None
+        groups.append(Group(size, samples, conditions, told, extra, shown))
     return groups
+
+
+def _shown(
+    source: Pictures, rows: list[tuple[int, Cut]], digests: list[str], family: AdaptedFamily, size: Size, folder: Path, progress: bool
+) -> Store:
+    """A store of what an adapter is shown of each cut."""
+    others = None
+    if source.others is not None:
+        fingerprint = source.fingerprint and f"{source.fingerprint}/{family.column}"
+        others = _identified(replace(source, files=source.others, fingerprint=fingerprint), folder, progress)[0]
+
+    def encode(some: range) -> Rows:
+        shown = [shown_of(source, rows[j][0], rows[j][1], family) for j in some]
+        return {name: value.cpu() for name, value in family.encode_shown(shown).items()}
+
+    of = [(digests[i], others and others[i], *cut) for i, cut in rows]
+    key = {"format": FORMAT, "shown": hash_of(of), "by": family.describe_shown()}
+    store = Store(folder / f"shown-{key_of(key)}", len(rows))
+    _fill(store, encode, "drawing what is shown", progress)
+    return store
+
+
+def shown_of(source: Pictures, i: int, cut: Cut, family: AdaptedFamily) -> Image.Image:
+    """What an adapter is shown of a cut of picture ``i``.
+
+    Raises:
+        ValueError: the picture in the column does not fit; the message names it.
+    """
+    picture = cut_of(open_picture(source.files[i]), cut, "RGB")
+    try:
+        other = None if source.others is None else open_picture(source.others[i])
+        if other is not None and family.column_is_cut:
+            other = cut_of(other, cut, "RGB", of=open_picture(source.files[i]).size, resample=family.column_resampling)
+        return family.shown(picture, other)
+    except ValueError as error:
+        raise ValueError(f"{source.name(i)}, column {family.column!r}: {error}") from error
 
 
 def _samples(

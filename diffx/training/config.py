@@ -30,11 +30,14 @@ class TrainConfig:
     seed: int = 0  # of noise, noise levels and the order of the data; another seed is another run
     save_every: int = 500  # optimizer steps between checkpoints; the last step is always saved
     evaluate_every: int = 0  # steps between measurements and sample sheets; 0 only at the end
+    patience: int = 0  # measurements without a better one after which the run ends; 0 goes on to train_steps
 
     def __post_init__(self) -> None:
         for name in ("train_steps", "batch_size", "gradient_accumulation_steps", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.patience < 0 or (self.patience and not self.evaluate_every):
+            raise ValueError(f"patience={self.patience} counts measurements: at least 0, and with evaluate_every, the steps between them")
         for name, allowed in (("lr_schedule", Schedule), ("optimizer", Optimizer), ("mixed_precision", Precision)):
             if (value := getattr(self, name)) not in get_args(allowed):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")

@@ -36,6 +36,7 @@ class DataConfig:
     num_generated: int | None = None  # samples that the model makes where the data has no pictures; None is one a prompt, at least 1024
     generation_steps: int = 50  # network calls of each of them, with the model's own scheduler
     generation_guidance_scale: float | None = None  # of each of them; 1 is off, None is 3 where the model can be guided
+    num_held_out: int | None = None  # pictures kept from training, to measure adapters on; None is a tenth of the data, at most 32
     seed: int = 0  # of cuts and of generated samples
     cache: str | Path | None = None  # folder; None is $XDG_CACHE_HOME/diffx/data or ~/.cache/diffx/data
 
@@ -46,6 +47,8 @@ class DataConfig:
         for name in ("num_crops", "num_generated", "generation_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.num_held_out is not None and self.num_held_out < 2:
+            raise ValueError(f"num_held_out={self.num_held_out} must be at least 2: what one was shown is compared with the others")
         if self.generation_guidance_scale is not None and not np.isfinite(self.generation_guidance_scale):
             raise ValueError(f"generation_guidance_scale={self.generation_guidance_scale} is not a finite number; 1 switches guidance off")
         different = 2 if self.random_flip else 1
@@ -68,9 +71,32 @@ class Pictures:
     texts: Sequence[str] | None
     labels: Sequence[int] | None
     fingerprint: str | None
+    others: Any = None  # a second picture of each, such as a control image, as ``files``; where a column of them was asked for
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def part(self, numbers: Sequence[int]) -> Pictures:
+        """The pictures of those numbers, in that order."""
+        chosen = list(numbers)
+        told = [None if each is None else [each[i] for i in chosen] for each in (self.texts, self.labels)]
+        fingerprint = self.fingerprint and f"{self.fingerprint}/{hashlib.blake2b(repr(chosen).encode(), digest_size=8).hexdigest()}"
+        others = None if self.others is None else _Part(self.others, chosen)
+        return Pictures(_Part(self.files, chosen), lambda i: self.name(chosen[i]), *told, fingerprint, others)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some entries of something with a length and numbers."""
+
+    whole: Any
+    chosen: list[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.whole[self.chosen[i]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +107,7 @@ class Prompts:
     labels: Sequence[int] | None = None
 
 
-def read_data(data: Any, config: DataConfig, told: str | None) -> Pictures | Prompts:
+def read_data(data: Any, config: DataConfig, told: str | None, column: str | None = None) -> Pictures | Prompts:
     """The numbered pictures of ``data``, or prompts where it has none.
 
     Args:
@@ -90,9 +116,10 @@ def read_data(data: Any, config: DataConfig, told: str | None) -> Pictures | Pro
             dict(image=..., text=..., label=...); or what the model's own samples are told: a list of prompts, a text file with one
             a line, a list of class numbers, None.
         told: "text" or "label", what the model is told of each picture, or None.
+        column: of a second picture of each, the result's ``others``.
 
     Raises:
-        ValueError: it is none of these, it is empty, or it lacks what the model is told.
+        ValueError: it is none of these, it is empty, or it lacks what the model is told or the column.
     """
     match data:
         case Pictures() | Prompts():
@@ -100,9 +127,9 @@ def read_data(data: Any, config: DataConfig, told: str | None) -> Pictures | Pro
         case None:
             made = Prompts()
         case str() | Path():
-            made = _read_path(data, config, told)
+            made = _read_path(data, config, told, column)
         case _ if type(data).__module__.split(".")[0] == "datasets":  # whoever has one has imported it
-            made = _read_dataset(data, config, told)
+            made = _read_dataset(data, config, told, column)
         case Sequence() if not len(data):
             raise ValueError("data is empty; None lets a model that is told nothing make samples")
         case Sequence() if all(isinstance(each, str) for each in data):
@@ -110,7 +137,7 @@ def read_data(data: Any, config: DataConfig, told: str | None) -> Pictures | Pro
         case Sequence() if all(isinstance(each, int) for each in data):
             made = Prompts(labels=list(data))
         case _ if isinstance(data, Sequence) or {"__len__", "__getitem__"} <= set(dir(data)):
-            made = _read_rows(data, config, told)
+            made = _read_rows(data, config, told, column)
         case _:
             raise ValueError(
                 f"data is a {type(data).__name__}; a folder, a datasets.Dataset, its Hub id, a sequence of dicts, prompts or None is needed"
@@ -140,7 +167,7 @@ def _check_told(data: Pictures | Prompts, told: str | None) -> None:
             raise ValueError(f"{data.name(i)}: {value!r} is no {what}; {kind.__name__} is needed, here is {type(value).__name__}")
 
 
-def _read_path(path: str | Path, config: DataConfig, told: str | None) -> Pictures | Prompts:
+def _read_path(path: str | Path, config: DataConfig, told: str | None, column: str | None) -> Pictures | Prompts:
     place = Path(path).expanduser()
     if place.is_file():
         if place.suffix != ".txt":
@@ -155,15 +182,15 @@ def _read_path(path: str | Path, config: DataConfig, told: str | None) -> Pictur
             loaded: Any = datasets.load_dataset(path, split=config.split)
         except Exception as error:  # of many classes: no network, no such data set, no such split, ...
             raise ValueError(f"data={path!r} is no folder here, and did not load from the Hub ({type(error).__name__}: {error})") from error
-        return _read_dataset(loaded, config, told)
+        return _read_dataset(loaded, config, told, column)
     if {"state.json", "dataset_dict.json"} & {file.name for file in place.iterdir()}:
         import datasets
 
-        return _read_dataset(datasets.load_from_disk(place), config, told)
-    return _read_folder(place, config, told)
+        return _read_dataset(datasets.load_from_disk(place), config, told, column)
+    return _read_folder(place, config, told, column)
 
 
-def _read_folder(folder: Path, config: DataConfig, told: str | None) -> Pictures:
+def _read_folder(folder: Path, config: DataConfig, told: str | None, column: str | None) -> Pictures:
     formats = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = [Path(at) / name for at, _, names in os.walk(folder) for name in names if not name.startswith(".")]
     files = sorted(file for file in found if file.suffix.lower() in formats)
@@ -172,6 +199,7 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None) -> Pictures
         raise ValueError(f"data folder {str(folder)!r} holds no picture (it holds {others}); pictures end in .png, .jpg, .webp and so on")
     texts: list[Any] | None = None
     labels: list[Any] | None = None
+    others: list[Any] | None = None
     if metadata := next((folder / name for name in METADATA if (folder / name).is_file()), None):
         rows = _read_metadata(metadata)
         files = [folder / row["file_name"] for row in rows]
@@ -182,12 +210,18 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None) -> Pictures
             texts = [row.get(_column("caption_column", config, columns)) for row in rows]
         if told == "label":
             labels = [_whole(row.get(_column("label_column", config, columns))) for row in rows]
+        if column:
+            others = [folder / (row.get(_existing(column, columns)) or "") for row in rows]  # without one, what does not open is named
+    elif column:
+        raise ValueError(
+            f"column {column!r} of {str(folder)!r}: a folder has columns where it has {' or '.join(METADATA)}, with paths in it"
+        )
     elif told == "text":
         texts = [_text_beside(file) for file in files]
     elif told == "label":
         classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
         labels = [classes.index(file.relative_to(folder).parts[0]) if file.parent != folder else None for file in files]
-    return Pictures(files, lambda i: os.path.relpath(files[i], folder), texts, labels, _of_files(files))
+    return Pictures(files, lambda i: os.path.relpath(files[i], folder), texts, labels, _of_files([*files, *(others or [])]), others)
 
 
 def _read_metadata(file: Path) -> list[dict[str, Any]]:
@@ -211,7 +245,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.strip().isdigit() else value
 
 
-def _read_dataset(data: Any, config: DataConfig, told: str | None) -> Pictures:
+def _read_dataset(data: Any, config: DataConfig, told: str | None, column: str | None) -> Pictures:
     import datasets
 
     if isinstance(data, datasets.DatasetDict):
@@ -221,6 +255,7 @@ def _read_dataset(data: Any, config: DataConfig, told: str | None) -> Pictures:
     if not isinstance(data, datasets.Dataset):
         raise ValueError(f"data is a {type(data).__name__}, which has no random access; load it without streaming")
     columns, rows = data.column_names, data.with_format(None)
+    others = rows[_existing(column, columns)] if column else None
     column = _column("image_column", config, columns)
     texts = list(rows[_column("caption_column", config, columns)]) if told == "text" else None
     labels = list(rows[_column("label_column", config, columns)]) if told == "label" else None
@@ -229,18 +264,19 @@ def _read_dataset(data: Any, config: DataConfig, told: str | None) -> Pictures:
     files: Any = rows[column]
     if len(files) and isinstance(files[0], dict) and files[0]["bytes"] is None:
         paths = [row["path"] for row in files]
-        return Pictures(paths, lambda i: paths[i], texts, labels, _of_files(paths))
-    return Pictures(files, lambda i: f"row {i}", texts, labels, data._fingerprint)
+        return Pictures(paths, lambda i: paths[i], texts, labels, _of_files(paths) if others is None else None, others)
+    return Pictures(files, lambda i: f"row {i}", texts, labels, data._fingerprint, others)
 
 
-def _read_rows(rows: Any, config: DataConfig, told: str | None) -> Pictures:
+def _read_rows(rows: Any, config: DataConfig, told: str | None, column: str | None) -> Pictures:
     if len(rows) and not isinstance(rows[0], dict):
         raise ValueError(f"data is a sequence of {type(rows[0]).__name__}; dicts(image=..., text=..., label=...) or prompts are needed")
     columns = list(rows[0]) if len(rows) else []
     image = _column("image_column", config, columns) if columns else ""
     texts: Any = list(_entries(rows, _column("caption_column", config, columns))) if told == "text" and columns else None
     labels: Any = list(_entries(rows, _column("label_column", config, columns))) if told == "label" and columns else None
-    return Pictures(_Column(rows, image), lambda i: f"row {i}", texts, labels, None)
+    others = _Column(rows, _existing(column, columns)) if column and columns else None
+    return Pictures(_Column(rows, image), lambda i: f"row {i}", texts, labels, None, others)
 
 
 def _entries(rows: Any, name: str) -> Iterator[Any]:
@@ -266,6 +302,12 @@ def _column(option: str, config: DataConfig, columns: Sequence[str]) -> str:
     if (name := getattr(config, option)) not in columns:
         raise ValueError(f"{option}={name!r} is not among the data's columns {', '.join(columns)}; give {option}")
     return name
+
+
+def _existing(column: str, columns: Sequence[str]) -> str:
+    if column not in columns:
+        raise ValueError(f"column {column!r} is not among the data's columns {', '.join(columns)}")
+    return column
 
 
 def _of_files(files: Sequence[Any]) -> str:

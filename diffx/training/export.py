@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..conditioning.adapter import AdaptedFamily
 from ..families import remade
 from ..loading import CALL_KWARGS
 from ..objectives.objective import Inference
 from .networks import Networks
 
-Form = Literal["full", "lora", "merged"]
+Form = Literal["full", "lora", "merged", "adapter"]
 KOHYA = "lora_kohya.safetensors"
 
 
@@ -32,7 +33,8 @@ def export(nets: Networks, inference: Inference, folder: str | Path, form: Form 
     Args:
         form: "full" is a pipeline with the trained network, for networks trained as a whole; "lora" is
             pytorch_lora_weights.safetensors and scheduler/, for ``pipe.load_lora_weights(folder)``; "merged" is a pipeline with the
-            adapter added to the network's weights. None is the smallest that stock Diffusers loads.
+            adapter added to the network's weights; "adapter" is what a ControlNet or IP-Adapter is loaded from beside its model, with
+            adapter.json. None is the smallest that stock Diffusers loads.
         kohya: write the adapter for other programs, too, as lora_kohya.safetensors.
 
     Raises:
@@ -47,6 +49,8 @@ def export(nets: Networks, inference: Inference, folder: str | Path, form: Form 
             save_lora(nets, scratch)
             if kohya:
                 save_file(kohya_state(nets), scratch / KOHYA, metadata={"format": "pt"})
+        elif form == "adapter":
+            nets.family.save_described(nets.modules[nets.exported()], scratch)
         else:
             network = merged(nets) if form == "merged" else nets.modules[nets.exported()]
             in_full_precision(nets.family.pipeline(network, inference.scheduler)).save_pretrained(scratch)
@@ -56,6 +60,8 @@ def export(nets: Networks, inference: Inference, folder: str | Path, form: Form 
 
 def default_form(nets: Networks) -> Form:
     """The smallest form that stock Diffusers loads."""
+    if isinstance(nets.family, AdaptedFamily):
+        return "adapter"
     if nets.lora is None:
         return "full"
     return "merged" if not nets.family.loads_lora or changed_config(nets) else "lora"
@@ -66,11 +72,16 @@ def check(nets: Networks, inference: Inference, folder: Path, form: Form, kohya:
     family, pipeline, network = nets.family, type(nets.family.pipe).__name__, type(nets.family.base).__name__
     if form not in get_args(Form):
         raise ValueError(f"form={form!r} is not one of {', '.join(get_args(Form))}")
+    if (form == "adapter") != isinstance(family, AdaptedFamily):
+        is_one = (
+            "is for a ControlNet or IP-Adapter, and a network was trained" if form == "adapter" else f"is not of the {network} trained here"
+        )
+        raise ValueError(f"form={form!r} {is_one}; form=None is the one there is")
     if form == "full" and nets.lora is not None:
         raise ValueError(
             'form="full" is for networks trained as a whole, and this one has an adapter; form="merged" adds it to the weights'
         )
-    if form != "full" and nets.lora is None:
+    if form in ("lora", "merged") and nets.lora is None:
         raise ValueError(
             f'form={form!r} is for adapters, and this network was trained as a whole; use form="full", or train with lora_rank'
         )

@@ -47,7 +47,7 @@ class Generated:
             raise ValueError("aspect_buckets, num_crops and random_flip are for pictures; the samples that a model makes have one size")
         if not family.guidable and config.generation_guidance_scale not in (None, 1):
             raise ValueError(
-                f"generation_guidance_scale={config.generation_guidance_scale}, but {type(family.base).__name__} cannot be guided; "
+                f"generation_guidance_scale={config.generation_guidance_scale}, but {type(family.denoiser).__name__} cannot be guided; "
                 "leave it out"
             )
         self.scale = (3.0 if family.guidable else 1.0) if config.generation_guidance_scale is None else config.generation_guidance_scale
@@ -93,7 +93,7 @@ class Generated:
 
     def _run(self, words: list[Any], generators: list[torch.Generator]) -> None:
         """The loop that everybody writes, for networks whose pipeline takes no condition."""
-        family, scheduler, network = self.family, self.family.pipe.scheduler, self.family.base
+        family, scheduler, network = self.family, self.family.pipe.scheduler, self.family.denoiser
         labels = torch.tensor(words, device=network.device) if self.prompts.labels else None
         condition = family.encode_condition(None, labels, size=self.size)
         noise = torch.stack([torch.randn(family.sample_shape(self.size), generator=generator) for generator in generators])

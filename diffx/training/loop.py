@@ -75,7 +75,7 @@ class Training:
         self.step = 0
         self.stage_length = config.train_steps // self.objective.stages
         if config.gradient_checkpointing:
-            for network in dict.fromkeys(nets.modules.values()):
+            for network in dict.fromkeys([*nets.modules.values(), *nets.family.frozen]):
                 as_model: Any = network
                 as_model.enable_gradient_checkpointing()
         self.optimizers = self._place()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import Condition, Family, batched, joined
 from ..objectives.level import Level, Prediction, Times, from_output, guided
-from ..objectives.objective import Objective
+from ..objectives.objective import Batch, Objective
 
 TEACHER, STUDENT, TARGET = "teacher", "student", "target"
 
@@ -108,13 +108,22 @@ class Networks:
         (x0, x0_null), (eps, eps_null) = found.x0.chunk(2), found.eps.chunk(2)
         return guided(Prediction(x0, eps), Prediction(x0_null, eps_null), scale)
 
-    def without(self, condition: Condition, dropped: np.ndarray) -> Condition:
-        """``condition`` with nothing said of the samples in ``dropped`` (B,), a mask."""
+    def dropout(self, batch: Batch, share: float) -> Condition:
+        """The batch's condition with nothing said of that share of its samples, and parts of it left out as the family's ``dropouts`` say."""
+        condition = self.without(batch.condition, batch.draws.uniform("dropout") < share)
+        for word, (part, is_part) in self.family.dropouts.items():
+            condition = self.without(condition, batch.draws.uniform(f"dropout/{word}") < part, is_part)
+        return condition
+
+    def without(self, condition: Condition, dropped: np.ndarray, is_part: Callable[[str], bool] = lambda name: True) -> Condition:
+        """``condition`` with nothing said of the samples in ``dropped`` (B,), a mask, in the names of a part of it."""
         if self.null is None or not dropped.any():
             return condition
         mask = torch.as_tensor(dropped)
         made = dict(condition)
         for name, null in self.null.items():
+            if not is_part(name):
+                continue
             value = condition[name]
             rows = mask.to(value.device).view(-1, *[1] * (value.ndim - 1))
             made[name] = torch.where(rows, null.to(value.device), value)

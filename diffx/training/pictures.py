@@ -81,7 +81,23 @@ def _of_array(array: np.ndarray) -> Image.Image:
 
 def pixels_of(picture: Image.Image, cut: Cut, channels: int) -> Tensor:
     """(C, H, W) float32 in [-1, 1] of one cut; what is transparent shows white where the model has no alpha channel."""
-    mode = MODES[channels]
+    array = np.array(cut_of(picture, cut, MODES[channels]), np.float32).reshape(*cut.size, channels)
+    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+
+
+def cut_of(
+    picture: Image.Image, cut: Cut, mode: str, *, of: tuple[int, int] | None = None, resample: int = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """One cut of a picture, in Pillow's ``mode``; what is transparent shows white in a mode without an alpha channel.
+
+    Args:
+        of: (width, height) of the picture that the cut was made for, where this is one that belongs to it.
+
+    Raises:
+        ValueError: this one has another size.
+    """
+    if of is not None and picture.size != of:
+        raise ValueError(f"it has {picture.width} x {picture.height} pixels, and its picture {of[0]} x {of[1]}; they must be the same")
     if mode != "RGBA" and picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         white.alpha_composite(picture.convert("RGBA"))
@@ -91,10 +107,9 @@ def pixels_of(picture: Image.Image, cut: Cut, channels: int) -> Tensor:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     height, width = cut.resized
     if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        picture = picture.resize((width, height), resample)  # type: ignore[arg-type]  # of Pillow's enum
     (top, left), (height, width) = cut.corner, cut.size
-    array = np.array(picture.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels)
-    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+    return picture.crop((left, top, left + width, top + height))
 
 
 def cuts_of(original: Size, sizes: Sequence[Size], num: int, *, center: bool, flip: bool, rng: np.random.Generator) -> list[Cut]:
@@ -122,9 +137,9 @@ def picture_size(family: Family, resolution: int | Size | None) -> Size:
         ValueError: the model cannot have pictures of that size, or says of no size that it is its own.
     """
     if resolution is None:
-        sample = family.base.config.get("sample_size") or getattr(family.pipe, "default_sample_size", None)
+        sample = family.denoiser.config.get("sample_size") or getattr(family.pipe, "default_sample_size", None)
         if sample is None:
-            raise ValueError(f"{type(family.base).__name__} names no size of its own; give resolution")
+            raise ValueError(f"{type(family.denoiser).__name__} names no size of its own; give resolution")
         sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
         scale = family.vae_scale if isinstance(family, LatentFamily) else 1
         resolution = sides[0] * scale, sides[1] * scale
@@ -132,7 +147,7 @@ def picture_size(family: Family, resolution: int | Size | None) -> Size:
     step = side_multiple(family)
     if any(side % step for side in size):
         near = tuple(max(1, round(side / step)) * step for side in size)
-        raise ValueError(f"resolution={size}: this {type(family.base).__name__} takes multiples of {step}, such as {near}")
+        raise ValueError(f"resolution={size}: this {type(family.denoiser).__name__} takes multiples of {step}, such as {near}")
     family.sample_shape(size)  # which refuses what else there is to refuse
     return size
 
@@ -141,7 +156,7 @@ def side_multiple(family: Family) -> int:
     """What a picture's sides must divide by: the VAE's factor and the network's patches, or what a network of pixels halves."""
     if isinstance(family, LatentFamily):
         return family.vae_scale * family.patch
-    return 2 ** (len(family.base.config.block_out_channels) - 1)
+    return 2 ** (len(family.denoiser.config.block_out_channels) - 1)
 
 
 def buckets(size: Size, multiple: int) -> list[Size]:
@@ -166,7 +181,7 @@ def channels_of(family: Family) -> int:
     Raises:
         ValueError: no kind of picture has as many.
     """
-    channels = (family.pipe.components.get("vae") or family.base).config.in_channels
+    channels = (family.pipe.components.get("vae") or family.denoiser).config.in_channels
     if channels not in MODES:
         raise ValueError(f"the model has pictures of {channels} channels, and files have {', '.join(map(str, MODES))}")
     return channels

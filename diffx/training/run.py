@@ -8,24 +8,37 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from tqdm.auto import tqdm
 
+from ..conditioning.adapter import AdaptedFamily
 from ..evaluation.report import write_atomically
 from . import checkpoint
+from .curve import GAIN, draw, moment
 from .loop import Progress, Training
 from .pictures import picture_size
 from .sheet import pictures, sheet
 
-Metric = Callable[[Any, Mapping[str, Any]], float]  # (stock pipeline, call arguments) -> a figure of which less is better
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric found: ``value``, of which less is better, ``figures`` that belong to it, and a sheet of the pictures it looked at."""
+
+    value: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+    sheet: Image.Image | None = None
+
+
+Metric = Callable[[Any, Mapping[str, Any]], float | Measured]  # of (stock pipeline, call arguments); less is better
 KEPT = 2  # checkpoints besides the best
 PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
-FREE = ("train.save_every", "train.evaluate_every", "model.from")  # what may differ at a resume: it changes no weight
+FREE = ("train.save_every", "train.evaluate_every", "train.patience", "model.from")  # what may differ at a resume: it changes no weight
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,6 +59,7 @@ class Run:
         described: what identifies the run, in plain values by section; compared at a resume.
         metric: measured with the exported weights every ``evaluate_every`` steps; the best checkpoint is the result.
         prompts: of the sample sheets.
+        from_start: measure before the first step, too.
     """
 
     training: Training
@@ -54,11 +68,13 @@ class Run:
     metric: Metric | None = None
     prompts: Sequence[str] | None = None
     progress: bool = True
+    from_start: bool = False
 
     def __post_init__(self) -> None:
         self.checkpoints = self.folder / "checkpoints"
         self.main = self.training.accelerator.is_main_process
         self.measured: dict[int, float | None] = {}  # None where the metric was not finite
+        self.curve: dict[int, dict[str, float]] = {}  # the figures that belong to them
 
     def go(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if there is one; then the networks hold the result. Returns the report.
@@ -71,8 +87,10 @@ class Run:
         self._claim()
         self._resume()
         training, config = self.training, self.training.config
+        if self.from_start and self.metric and not training.step and not self.measured:
+            self._evaluate(0)
         with stopping() as stop, self._bar() as bar:
-            for now in training.steps():
+            for now in () if self._had_enough() else training.steps():
                 self._log(now)
                 bar.update()
                 bar.set_postfix({role: f"{loss:.4g}" for role, loss in now.losses.items()} | {"lr": f"{now.lr:.2g}"})
@@ -87,6 +105,9 @@ class Run:
                         f"stopped after step {now.step} of {config.train_steps}, which is saved; the same call goes on from there",
                         stop[0] if stop else signal.SIGINT,
                     )
+                if self._had_enough():
+                    self._save()
+                    break
         return self._finish()
 
     # --- the folder -------------------------------------------------------------------------------------------------
@@ -113,6 +134,7 @@ class Run:
         entries = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one
         kept = [entry for entry in entries if entry["step"] <= self.training.step]  # those of lost steps are taken again
         self.measured = {entry["step"]: entry["metric"] for entry in kept if "metric" in entry}
+        self.curve = {entry["step"]: entry["figures"] for entry in kept if "figures" in entry}
         if self.main and lines:
             write_atomically(log, lambda out: out.write("".join(f"{json.dumps(entry)}\n" for entry in kept).encode()))
             self._point_at_best()
@@ -150,27 +172,50 @@ class Run:
         """A sample sheet, and the metric where there is one; a checkpoint that is the best so far is kept."""
         if self.main:
             pipe, call_kwargs = self.training.result()
-            height, width = picture_size(self.training.nets.family, None)
-            at_once = max(1, PIXELS_AT_ONCE // (height * width))
-            drawn = sheet(pictures(pipe, call_kwargs, self.prompts, at_once=at_once))
-            found = float(self.metric(pipe, call_kwargs)) if self.metric else math.nan
-            folder = self.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
+            found = self.metric(pipe, call_kwargs) if self.metric else math.nan
+            found = found if isinstance(found, Measured) else Measured(float(found))
+            if drawn := found.sheet or self._sheet(pipe, call_kwargs):
+                folder = self.folder / "samples"
+                folder.mkdir(exist_ok=True)
+                write_atomically(folder / f"step-{step:08d}.png", lambda out: drawn.save(out, format="png"))
             if self.metric:
-                self.measured[step] = found if math.isfinite(found) else None  # as JSON says it
-                self._write({"step": step, "metric": self.measured[step]})
-                self.training.accelerator.log({"metric": found}, step=step)
+                self.measured[step] = found.value if math.isfinite(found.value) else None  # as JSON says it
+                entry = {"step": step, "metric": self.measured[step]}
+                if found.figures:
+                    self.curve[step] = entry["figures"] = dict(found.figures)
+                self._write(entry)
+                self.training.accelerator.log({"metric": found.value, **found.figures}, step=step)
+                self._draw_curve()
         if self.metric:
             self._save()
             if self.main:
                 self._point_at_best()
 
-    def _point_at_best(self) -> None:
-        """Of equally good checkpoints, the later one."""
+    def _sheet(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> Image.Image | None:
+        if isinstance(self.training.nets.family, AdaptedFamily):
+            return None  # only a metric knows what its samples could be shown
+        height, width = picture_size(self.training.nets.family, None)
+        return sheet(pictures(pipe, call_kwargs, self.prompts, at_once=max(1, PIXELS_AT_ONCE // (height * width))))
+
+    def _draw_curve(self) -> None:
+        if self.curve:
+            log = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+            losses = {entry["step"]: entry["loss/student"] for entry in log if "loss/student" in entry}
+            write_atomically(self.folder / "curve.png", lambda out: draw(out, self.curve, losses, self._best()))
+
+    def _best(self) -> int | None:
+        """The step of the best figure; of equally good ones, the later one."""
         figures = {step: math.inf if value is None else value for step, value in self.measured.items()}
-        if figures:
-            best = min(figures, key=lambda step: (figures[step], -step))
+        return min(figures, key=lambda step: (figures[step], -step)) if figures else None
+
+    def _had_enough(self) -> bool:
+        """Whether the last ``patience`` measurements were no better than one before."""
+        best, patience = self._best(), self.training.config.patience
+        return bool(patience) and self._anyone(best is not None and sum(step > best for step in self.measured) >= patience)
+
+    def _point_at_best(self) -> None:
+        best = self._best()
+        if best is not None:
             checkpoint.point(self.checkpoints, "best", self.checkpoints / checkpoint.name_of(best))
 
     def _anyone(self, asked: bool) -> bool:
@@ -188,6 +233,9 @@ class Run:
         report = {"train_steps": self.training.config.train_steps, "kept_step": self.training.step}
         if self.metric:
             report["metric"] = {str(step): value for step, value in sorted(self.measured.items())}
+        if self.curve:
+            report["figures"] = {str(step): figures for step, figures in sorted(self.curve.items())}
+            report["converged_step"] = moment({step: figures[GAIN] for step, figures in self.curve.items() if GAIN in figures})
         if self.main:
             write_atomically(self.folder / "report.json", lambda out: out.write(json.dumps(report, indent=1).encode()))
         return report
