@@ -9,6 +9,8 @@ import diffusers.pipelines
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from . import objectives
     from .calibration import calibrate
+    from .conditioning.controlnets import ControlNet
+    from .conditioning.ip_adapter import IPAdapter
     from .schedulers import (
         DDIM,
         DDPM,
@@ -26,8 +28,6 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         TableScheduler,
         UniPC,
     )  # fmt: skip
-    from .conditioning.controlnets import ControlNet
-    from .conditioning.ip_adapter import IPAdapter
     from .training.api import Trained, distill, train
 
 __version__ = "0.1.0"
@@ -57,8 +57,8 @@ _PUBLIC = {
     "train": "diffx.training.api",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun", "IPAdapter", "Row",
-    "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral",
+    "Heun", "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "objectives", "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

@@ -75,7 +75,9 @@ class ImageEncoder:
 
     def describe(self) -> dict[str, Any]:
         """All that embeddings depend on, in plain values."""
-        config = {key: value for key, value in self.network.config.to_dict().items() if not key.startswith("_") and key != "transformers_version"}
+        config = {
+            key: value for key, value in self.network.config.to_dict().items() if not key.startswith("_") and key != "transformers_version"
+        }
         public = {key: value for key, value in self.processor.to_dict().items() if isinstance(value, str | int | float | list | dict)}
         return {"weights": sketch(self.network), "dtype": str(self.network.dtype), "config": config, "processor": public}
 
@@ -94,7 +96,9 @@ def _processor(network: Any, source: Any) -> Any:
             return transformers.AutoImageProcessor.from_pretrained(source, use_fast=False)
         except (OSError, ValueError) as error:
             if not isinstance(network, SiglipVisionModel):
-                raise ValueError(f"{str(source)!r} has no preprocessor_config.json, which says how pictures are made ready for it") from error
+                raise ValueError(
+                    f"{str(source)!r} has no preprocessor_config.json, which says how pictures are made ready for it"
+                ) from error
     if isinstance(network, SiglipVisionModel):
         return SiglipImageProcessor(size={"height": size, "width": size})
     raise ValueError(f"nothing says how pictures are made ready for a {type(network).__name__}; give its folder")

@@ -181,7 +181,9 @@ def projection_to_file(layout: Layout, projection: nn.Module) -> dict[str, Tenso
     for layer in projection.layers:
         attention: Any = layer.attn  # type: ignore[union-attr]  # as every layer has one
         if (width := attention.to_q.weight.shape[0] // attention.heads) != HEAD_WIDTH:
-            raise ValueError(f"an IP-Adapter Plus with heads {width} wide: stock Diffusers reads heads {HEAD_WIDTH} wide, and computes something else")
+            raise ValueError(
+                f"an IP-Adapter Plus with heads {width} wide: stock Diffusers reads heads {HEAD_WIDTH} wide, and computes something else"
+            )
     state = projection.state_dict()
     if isinstance(projection, IPAdapterTimeImageProjection):
         return state  # Diffusers' names are the only ones for it

@@ -49,7 +49,7 @@ def export(nets: Networks, inference: Inference, folder: str | Path, form: Form 
             save_lora(nets, scratch)
             if kohya:
                 save_file(kohya_state(nets), scratch / KOHYA, metadata={"format": "pt"})
-        elif form == "adapter":
+        elif isinstance(nets.family, AdaptedFamily):
             nets.family.save_described(nets.modules[nets.exported()], scratch)
         else:
             network = merged(nets) if form == "merged" else nets.modules[nets.exported()]
@@ -73,8 +73,10 @@ def check(nets: Networks, inference: Inference, folder: Path, form: Form, kohya:
     if form not in get_args(Form):
         raise ValueError(f"form={form!r} is not one of {', '.join(get_args(Form))}")
     if (form == "adapter") != isinstance(family, AdaptedFamily):
-        is_one = "is for a ControlNet or IP-Adapter, and a network was trained" if form == "adapter" else f"is not of the {network} trained here"
-        raise ValueError(f'form={form!r} {is_one}; form=None is the one there is')
+        is_one = (
+            "is for a ControlNet or IP-Adapter, and a network was trained" if form == "adapter" else f"is not of the {network} trained here"
+        )
+        raise ValueError(f"form={form!r} {is_one}; form=None is the one there is")
     if form == "full" and nets.lora is not None:
         raise ValueError(
             'form="full" is for networks trained as a whole, and this one has an adapter; form="merged" adds it to the weights'

@@ -26,7 +26,6 @@ from .pictures import picture_size
 from .sheet import pictures, sheet
 
 
-
 @dataclass(frozen=True)
 class Measured:
     """What a metric found: ``value``, of which less is better, ``figures`` that belong to it, and a sheet of the pictures it looked at."""
