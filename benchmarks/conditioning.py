@@ -1,4 +1,4 @@
-"""Adapters of the embedded model, trained on one core: followed more than by chance, on glyphs that no network ever saw. Resumable, by part.
+"""Adapters of the embedded model, trained on one core, and how far they are followed on glyphs that no network ever saw. Resumable.
 
     python benchmarks/conditioning.py controlnet ip-adapter
     python benchmarks/conditioning.py report
@@ -29,6 +29,7 @@ from PIL import Image
 import diffx
 from diffx import glyphs
 from diffx.conditioning import hints
+from diffx.evaluation.features import GlyphFeatures
 from diffx.evaluation.report import write_atomically
 from diffx.loading import load_pipeline
 from diffx.objectives import Diffusion
@@ -57,14 +58,14 @@ def unseen(num: int | None = None) -> list[dict[str, Any]]:
     return [{"image": each.image(), "text": each.caption()} for each in made]
 
 
-def draw(pipe: Any, asked: list[dict[str, Any]], inputs: Any, scale: str | None = None, **more: Any) -> list[Image.Image]:
+def draw(pipe: Any, asked: list[dict[str, Any]], inputs: Any, **more: Any) -> list[Image.Image]:
     """A picture for each, from a noise of its own; ``inputs`` gives the arguments for some of them."""
     pipe.set_progress_bar_config(disable=True)
     made: list[Image.Image] = []
     for first in range(0, len(asked), AT_ONCE):
         part = range(first, min(first + AT_ONCE, len(asked)))
         generators = [torch.Generator().manual_seed(SEED + i) for i in part]
-        call = dict(num_inference_steps=CALLS, guidance_scale=GUIDANCE, generator=generators, **inputs(part), **more)
+        call = dict(num_inference_steps=CALLS, guidance_scale=GUIDANCE) | dict(generator=generators, **inputs(part), **more)
         made += pipe([asked[i]["text"] for i in part], **call).images
     return made
 
@@ -102,6 +103,7 @@ def retrieval(table: np.ndarray) -> float:
 
 
 def controlnet() -> None:
+    """Edge-F1 of samples with the Canny edges that they were shown."""
     row = trained("controlnet", diffx.ControlNet("canny"), 2000, 8e-4, Diffusion(condition_dropout=0.5, ema_decay=0.995))
     network = ControlNetModel.from_pretrained(RUNS / "controlnet" / "model")
     base = load_pipeline(device="cpu")
@@ -113,27 +115,118 @@ def controlnet() -> None:
     def f1(made: list[Image.Image]) -> dict[str, float]:
         return likeness(edges, [np.asarray(canny(image).convert("L")) / 255 for image in made], hints.edge_f1)
 
-    row["measures"] = {"base": f1(draw(base, asked, lambda part: {}))}
-    for scale in (0.5, 1.0):
-        made = draw(pipe, asked, lambda part: {"image": [control[i] for i in part]}, controlnet_conditioning_scale=scale)
-        row["measures"][f"scale {scale:g}"] = f1(made)
-    vae = load_pipeline(device="cpu").vae
-    pixels = torch.from_numpy(np.stack([each["image"] for each in asked])).permute(0, 3, 1, 2) / 127.5 - 1
-    with torch.no_grad():
-        again = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-    levels = ((again.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    row["measures"]["autoencoder"] = f1([Image.fromarray(each) for each in levels])
+    shown = lambda part: {"image": [control[i] for i in part]}  # noqa: E731  # a word for what follows
+    row["measures"] = {"base, guidance 1": f1(draw(base, asked, lambda part: {}, guidance_scale=1.0))}
+    row["measures"]["base, guidance 3"] = f1(draw(base, asked, lambda part: {}, guidance_scale=3.0))
+    for scale in (0.5, 1.5):
+        row["measures"][f"scale {scale:g}, guidance 1"] = f1(
+            draw(pipe, asked, shown, guidance_scale=1.0, controlnet_conditioning_scale=scale)
+        )
+    row["measures"]["scale 1, guidance 3"] = f1(draw(pipe, asked, shown, guidance_scale=3.0))
+    made = draw(pipe, asked, shown, guidance_scale=1.0)
+    row["measures"]["scale 1, guidance 1"] = f1(made)
+    row["measures"]["autoencoder"] = f1(through_autoencoder(base, asked))
     write_part("controlnet", row, control, made)
 
 
-PARTS = {"controlnet": controlnet}
+def ip_adapter() -> None:
+    """Features of samples beside those of the references that they were shown, by judges that the adapter does not read with."""
+    adapter = diffx.IPAdapter("plus", text_dropout=0.5)
+    row = trained("ip-adapter", adapter, 2000, 1e-3, Diffusion(condition_dropout=0.05, ema_decay=0.99))
+    pipe: Any = load_pipeline(device="cpu")
+    asked = unseen()
+    references = [Image.fromarray(each["image"]) for each in asked]
+    row["measures"] = {"base": judged(references, draw(pipe, asked, lambda part: {}))}
+    pipe.load_ip_adapter(RUNS / "ip-adapter" / "model", subfolder="", weight_name="ip_adapter.safetensors")
+    with torch.no_grad():
+        given, nothing = pipe.encode_image(references, "cpu", 1, True)
+
+    def shown(part: range) -> dict[str, Any]:
+        return {"ip_adapter_image_embeds": [torch.cat([nothing[part.start : part.stop], given[part.start : part.stop]])[:, None]]}
+
+    for scale in (0.5, 1.0):
+        pipe.set_ip_adapter_scale(scale)
+        made = draw(pipe, asked, shown)
+        row["measures"][f"scale {scale:g}"] = judged(references, made)
+    row["measures"]["scale 1, without captions"] = judged(references, draw(pipe, [{"text": ""} for _ in asked], shown))
+    row["measures"]["autoencoder"] = judged(references, through_autoencoder(pipe, asked))
+    write_part("ip-adapter", row, references, made)
+
+
+def judged(references: list[Image.Image], made: list[Image.Image]) -> dict[str, dict[str, float]]:
+    """Cosines by the encoder that measures the embedded model, and by histograms of oriented gradients, which nobody trained."""
+    found = {}
+    for name, features in (("glyph encoder", glyph_features), ("gradients", gradients)):
+        found[name] = likeness(list(features(references)), list(features(made)), lambda one, two: float(one @ two))
+    return found
+
+
+def glyph_features(images: list[Image.Image]) -> np.ndarray:
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+    return GlyphFeatures()(pixels)
+
+
+def gradients(images: list[Image.Image]) -> np.ndarray:
+    from skimage.feature import hog
+
+    found = np.stack([hog(np.asarray(image), pixels_per_cell=(8, 8), cells_per_block=(2, 2), channel_axis=-1) for image in images])
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+@torch.no_grad()
+def through_autoencoder(pipe: Any, asked: list[dict[str, Any]]) -> list[Image.Image]:
+    """The pictures themselves, encoded and decoded: what no sample can be more like."""
+    pixels = torch.from_numpy(np.stack([each["image"] for each in asked])).permute(0, 3, 1, 2) / 127.5 - 1
+    again = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    return [Image.fromarray(each) for each in ((again + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
+def report() -> None:
+    """Write report.md of the parts that there are."""
+    lines = [
+        "# Adapters of the embedded model",
+        "",
+        f"`python benchmarks/conditioning.py`: {len(glyphs.held_out())} glyphs that no network ever saw, one rendering each, {CALLS} "
+        f"calls, seed {SEED}. *True* is the mean likeness of samples to what they were shown, *shuffled* to what all others were, "
+        f"*retrieval* the share that is more like its own than any other (chance {1 / len(glyphs.held_out()):.4f}). *Base* is the model without the "
+        "adapter, *autoencoder* the shown pictures themselves, encoded and decoded.",
+    ]
+    for name, (title, _) in PARTS.items():
+        file = FOLDER / "parts" / f"{name}.json"
+        if not file.exists():
+            continue
+        part = json.loads(file.read_text())
+        settings, ended = part["settings"], part["report"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"{settings['train_steps']} updates of {COMMON['batch_size']}, lr {settings['lr']:g}, {part['minutes']:.0f} CPU-minutes with "
+            f"all measurements; kept step {ended['kept_step']}; begins to follow at step {ended['converged_step']}.",
+            "",
+            f"![Shown and made]({name}.png)",
+            "",
+            f"![Curve]({name}-curve.png)",
+            "",
+            "| | judge | true | shuffled | gain | retrieval |",
+            "|:---|:---|---:|---:|---:|---:|",
+        ]
+        for what, found in part["measures"].items():
+            for judge, row in found.items() if "true" not in found else [("edge-F1, same pixels", found)]:
+                lines.append(
+                    f"| {what} | {judge} | {row['true']:.3f} | {row['shuffled']:.3f} | {row['gain']:.3f} | {row['retrieval']:.3f} |"
+                )
+    (FOLDER / "report.md").write_text("\n".join(lines) + "\n")
+
+
+PARTS = {"controlnet": ("Canny ControlNet", controlnet), "ip-adapter": ("IP-Adapter Plus", ip_adapter)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=[*PARTS, "report"])
     for name in parser.parse_args().parts:
-        PARTS[name]()
+        report() if name == "report" else PARTS[name][1]()
 
 
 if __name__ == "__main__":

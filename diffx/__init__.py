@@ -9,6 +9,8 @@ import diffusers.pipelines
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from . import guidance, objectives
     from .calibration import calibrate
+    from .conditioning.controlnets import ControlNet
+    from .conditioning.ip_adapter import IPAdapter
     from .guidance import guide
     from .schedulers import (
         DDIM,
@@ -27,8 +29,6 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
         TableScheduler,
         UniPC,
     )  # fmt: skip
-    from .conditioning.controlnets import ControlNet
-    from .conditioning.ip_adapter import IPAdapter
     from .training.api import Trained, distill, train
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """Train the image encoder that IP-Adapters of the embedded model read, a tiny CLIP vision tower, by CPU-time budget, resumable.
 
-    python embedded/train_image_encoder.py --vae diffx/assets/emoji/vae --minutes 15 --state runs/image_encoder --output diffx/assets/image_encoder
+    python embedded/train_image_encoder.py --vae VAE --minutes 15 --state runs/image_encoder --output diffx/assets/image_encoder
 
 Data and loss are those of ``train_encoder.py``, with another seed: seen glyphs only, so that what it says of unseen ones is measured.
 The result is a stock ``CLIPVisionModelWithProjection``, which Diffusers' pipelines load from the folder of an IP-Adapter.

@@ -120,14 +120,14 @@ def test_several_controlnets(controlled):
     network = controlled.nets.modules["student"]
     fresh = training(tiny_stable_diffusion(), diffx.ControlNet()).nets.modules["student"]
     family, scheduler = controlled.nets.family, controlled.nets.family.pipe.scheduler
-    alone = images(family.pipeline(network, scheduler), image=hints())
+    alone = images(family.pipeline(network, scheduler), count=1, image=hints(1))
 
     def several(*parts):
         nets, shown, scales = zip(*parts)
         pipe = family.pipeline(MultiControlNetModel(list(nets)), scheduler)
-        return images(pipe, image=list(shown), controlnet_conditioning_scale=list(scales))
+        return images(pipe, count=1, image=list(shown), controlnet_conditioning_scale=list(scales))
 
-    one, two = hints(), hints()[::-1]
+    one, two = hints()
     assert np.array_equal(several((network, one, 1.0)), alone)
     assert np.array_equal(several((network, one, 1.0), (fresh, two, 1.0)), alone)
     # Two numbers have one sum, in whichever order.
@@ -156,21 +156,24 @@ def test_a_controlled_call_is_the_pipelines_own(build):
 @each_ip
 def test_a_new_ip_adapter_changes_nothing_unless_it_begins_as_the_text(name, encoders):
     build, _ = IP_CASES[name]
-    base = images(build())
+    base = {num: images(build(), count=num) for num in (1, 2)}
     for init in ("zero", "text"):
         made = training(build(), ip_adapter(name, encoders, init=init))
-        pipe, call_kwargs = made.result()
-        shown = made.nets.family.inputs([picture(0), picture(1)], {"guidance_scale": 3.0})
-        assert np.array_equal(images(pipe, **shown), base) == (init == "zero")
+        pipe, _ = made.result()
+        num = made.nets.family.most_at_once or 2
+        shown = made.nets.family.inputs([picture(0), picture(1)][:num], {"guidance_scale": 3.0})
+        # SD 3's layers attend to the picture itself once more, whatever the reference: there is no beginning that changes nothing.
+        same = init == "zero" and not name.startswith("SD3")
+        assert np.array_equal(images(pipe, count=num, **shown), base[num]) == same
         pipe.unload_ip_adapter()
-        assert np.array_equal(images(pipe), base)
+        assert np.array_equal(images(pipe), base[2])
 
 
 @each_ip
 def test_an_ip_adapter_trains_its_own_layers_alone(name, encoders):
     build, _ = IP_CASES[name]
     made = training(build(), ip_adapter(name, encoders))
-    network, before = made.nets.family.inner.denoiser, build().state_dict()
+    network = made.nets.family.inner.denoiser
     before = {key: value.clone() for key, value in getattr(build(), made.nets.family.network).state_dict().items()}
     list(made.steps())
     own = {id(weight) for weight in made.nets.modules["student"].parameters()}
@@ -334,7 +337,7 @@ def test_a_file_that_stock_diffusers_reads_otherwise_is_refused(tmp_path, encode
     one, two = "ip_adapter.1.to_k_ip.weight", "ip_adapter.3.to_k_ip.weight"
     tensors[one], tensors[two] = tensors[two][: len(tensors[one])].clone(), tensors[two]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="stock Diffusers reads to_k_ip.0.weight of IPAdapterAttnProcessor2_0 as something else"):
+    with pytest.raises(ValueError, match=r"stock Diffusers reads to_k_ip\.0\.weight of IPAdapterAttnProcessor2_0 as something else"):
         check_reload(nets.family.layout, nets.modules["student"], file)
 
 
@@ -348,7 +351,7 @@ def test_a_file_that_stock_diffusers_reads_otherwise_is_refused(tmp_path, encode
         (
             tiny_dit,
             diffx.IPAdapter(),
-            "an IP-Adapter is trained for Stable Diffusion 1, 2, XL and 3 and for Flux, and this is a DiTPipeline",
+            "an IP-Adapter is trained for .* 1, 2, XL and 3 and for Flux, and this is a DiTPipeline",
         ),
         (tiny_flux, diffx.IPAdapter("plus"), "kind='plus': stock Diffusers loads only 'plain' into a FluxTransformer2DModel"),
         (tiny_sd3, diffx.IPAdapter("plain"), "kind='plain': stock Diffusers loads only 'plus' into a SD3Transformer2DModel"),

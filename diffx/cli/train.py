@@ -1,4 +1,4 @@
-"""``diffx distill METHOD`` and ``diffx train``: few-step students and trained models, in stock Diffusers' formats."""
+"""``diffx distill METHOD`` and ``diffx train``: few-step students, trained models and adapters, in stock Diffusers' formats."""
 
 import dataclasses
 import inspect
@@ -17,10 +17,12 @@ NAMES = {
     "distill": {
         "progressive": "Progressive", "lcm": "LCM", "pcm": "PCM", "dmd2": "DMD2", "guidance": "Guidance", "ct": "ConsistencyTraining",
     },
-    "train": {"base": "Diffusion"},
+    "train": {"base": "Diffusion", "controlnet": "ControlNet", "ip-adapter": "IPAdapter"},
 }  # fmt: skip
 EXAMPLES = {
     "base": "diffx train base photos/ --model PATH_OR_ID --lora-rank 16 --train-steps 1000",
+    "controlnet": "diffx train controlnet photos/ --model PATH_OR_ID --hint canny --train-steps 5000 --evaluate-every 500",
+    "ip-adapter": "diffx train ip-adapter photos/ --model PATH_OR_ID --kind plus --image-encoder openai/clip-vit-large-patch14",
     "progressive": "diffx distill progressive --start 32 --end 4 --guidance-scale 3 --train-steps 3000 --output outputs/progressive",
     "lcm": "diffx distill lcm photos/ --teacher PATH_OR_ID --lora-rank 64 --train-steps 1000 --mixed-precision bf16",
     "pcm": "diffx distill pcm photos/ --teacher PATH_OR_ID --calls 4 --lora-rank 64",
@@ -53,6 +55,10 @@ Start = Annotated[str | None, typer.Option("--lora-start", metavar="FOLDER", hel
 Prompts = Annotated[
     list[str] | None, typer.Option("--sample-prompt", help="Of the sample sheets; give it again for more.", show_default=False)
 ]
+HeldOut = Annotated[
+    str | None,
+    typer.Option("--held-out", help="Pictures to measure the adapter on, as DATA; else --num-held-out of the data.", show_default=False),
+]
 Output = Annotated[Path, typer.Option("--output", file_okay=False, help="Folder of the run; the model will be in its folder model.")]
 Report = Annotated[str | None, typer.Option("--report-to", help="tensorboard, wandb, trackio; comma-separated.", show_default=False)]
 Config = Annotated[
@@ -64,27 +70,32 @@ Dry = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory a
 
 
 class Methods(TyperGroup):
-    """Commands made of the classes of ``diffx.objectives``, which are imported when one is asked for."""
+    """Commands made of the classes of ``diffx.objectives`` and of adapters, which are imported when one is asked for."""
 
     def list_commands(self, ctx):
         return list(NAMES[self.name or ""])
 
     def get_command(self, ctx, cmd_name):
-        from .. import objectives
+        import diffx
 
         name = NAMES[self.name or ""].get(cmd_name)
         if name is None:
             return None
         app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
-        app.command(cmd_name)(_command(getattr(objectives, name), EXAMPLES[cmd_name]))
+        is_adapter = name in dir(diffx)
+        kinds = (getattr(diffx, name), diffx.objectives.Diffusion) if is_adapter else (getattr(diffx.objectives, name),)
+        app.command(cmd_name)(_command(kinds, EXAMPLES[cmd_name]))
         return typer.main.get_command(app)
 
 
-def _command(method: Any, example: str) -> Callable:
+def _command(kinds: tuple[Any, ...], example: str) -> Callable:
+    """The command that trains the first of those classes, an objective, or an adapter with the objective that follows it."""
     from ..training.config import TrainConfig
     from ..training.data import DataConfig
 
+    method, is_adapter = kinds[-1], len(kinds) == 2
     teaches = method.has_teacher
+    foreign = {"lora_rank", "lora_alpha", "lora_targets", "lora_start", "sample_prompt"} if is_adapter else {"held_out"}
 
     def command(
         data: Data = None,
@@ -94,6 +105,7 @@ def _command(method: Any, example: str) -> Callable:
         lora_targets: Targets = None,
         lora_start: Start = None,
         sample_prompt: Prompts = None,
+        held_out: HeldOut = None,
         output: Output = Path("outputs/distilled" if teaches else "outputs/trained"),
         report_to: Report = None,
         device: options.Device = None,
@@ -107,13 +119,13 @@ def _command(method: Any, example: str) -> Callable:
 
         from ..training import api
 
-        of_method = {field.name: field for field in dataclasses.fields(method)}
+        of_method = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
         targets = lora_targets.split(",") if lora_targets else None
         what = dict(zip(WHAT, (data, teacher, lora_rank, lora_alpha, targets, lora_start), strict=True))
-        chosen = merged(config, what | flags, [*WHAT, *flags], lambda values: _of_run(values, method))
+        chosen = merged(config, what | flags, [*WHAT, *flags], lambda values: _of_run(values, kinds[-1]))
         what = {name: chosen.pop(name, "emoji" if name == "teacher" else None) for name in WHAT}
         if dump_config:
-            fields = {f.name: f.default for cls in (method, TrainConfig, DataConfig) for f in dataclasses.fields(cls)}
+            fields = {f.name: f.default for cls in (*kinds, TrainConfig, DataConfig) for f in dataclasses.fields(cls)}
             values = what | fields | chosen
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not dataclasses.MISSING}
             typer.echo(yaml.safe_dump(plain, sort_keys=False), nl=False)
@@ -121,32 +133,37 @@ def _command(method: Any, example: str) -> Callable:
         missing = [name for name, field in of_method.items() if field.default is dataclasses.MISSING and name not in chosen]
         if missing:
             raise ValueError(f"{' and '.join('--' + name.replace('_', '-') for name in missing)} must be given; see --help")
-        objective = method(**{name: value for name, value in chosen.items() if name in of_method})
+        *adapter, objective = (kind(**{f.name: chosen[f.name] for f in dataclasses.fields(kind) if f.name in chosen}) for kind in kinds)
         rest = {name: value for name, value in chosen.items() if name not in of_method}
         data, teacher, rank, alpha, ends, start = what.values()
         if dry_run:
-            found = api.cost(teacher, objective, lora=api.make_lora(rank, alpha, ends, start), **rest)
+            lora = api.make_lora(rank, alpha, ends, start)
+            found = api.cost(teacher, objective, lora=lora, adapter=adapter[0] if adapter else None, **rest)
             typer.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
             return
-        trained = (api.distill if teaches else api.train)(
-            teacher, objective, data, lora_rank=rank, lora_alpha=alpha, lora_targets=ends, lora_start=start,
-            sample_prompts=sample_prompt, output=output, device=device,
-            report_to=report_to.split(",") if report_to else (), progress=not as_json, **rest,
-        )  # fmt: skip
+        rest |= dict(output=output, device=device, report_to=report_to.split(",") if report_to else (), progress=not as_json)
+        if adapter:
+            trained = api.train(teacher, adapter[0], data, objective=objective, held_out=held_out, **rest)
+        else:
+            rest |= dict(lora_rank=rank, lora_alpha=alpha, lora_targets=ends, lora_start=start, sample_prompts=sample_prompt)
+            trained = (api.distill if teaches else api.train)(teacher, objective, data, **rest)
         if as_json:
             typer.echo(json.dumps({"model": str(output / "model"), "call_kwargs": trained.call_kwargs, **trained.report}, indent=2))
             return
         typer.echo(f"model:   {output / 'model'}  (stock Diffusers loads it)")
+        if adapter:
+            typer.echo(f"load it: {output / 'model' / 'adapter.json'} says how")
         typer.echo(f"call it: pipe(..., {', '.join(f'{k}={v!r}' for k, v in trained.call_kwargs.items())})")
-        typer.echo(f"samples: {output / 'samples'}")
+        typer.echo(f"samples: {output / 'samples'}" + (f", curve: {output / 'curve.png'}" if adapter else ""))
 
-    first = (method.__doc__ or "").split("\n\n")[0]
+    first = (kinds[0].__doc__ or "").split("\n\n")[0]
     command.__doc__ = (
         f"{first}\n\n[bold]Example:[/bold] {example}\n\nAn interrupted run goes on with the same command; on several GPUs: "
         "accelerate launch -m diffx ... with the same words."
     )
     fixed = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    flags = [p for p in flags_of([method, TrainConfig, DataConfig]) if p.name not in {f.name for f in fixed}]
+    flags = [p for p in flags_of([*kinds, TrainConfig, DataConfig]) if p.name not in {f.name for f in fixed}]
+    fixed = [p for p in fixed if p.name not in foreign]
     keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fixed]
     command.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}

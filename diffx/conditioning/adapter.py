@@ -49,6 +49,8 @@ class AdaptedFamily(LatentFamily):
 
     column_resampling: int = Image.Resampling.LANCZOS  # of what is resized so
 
+    most_at_once: int | None = None  # samples of one call of the pipeline that can each be shown something; None is any number
+
     def __init__(self, inner: Family, adapter: Adapter, base: Any, column: str | None) -> None:
         self.inner, self.adapter, self._base, self.column = inner, adapter, base, column
         self.pipe, self.process = inner.pipe, inner.process

@@ -21,6 +21,7 @@ from .adapter import AdaptedFamily, Adapter, others
 from .hints import Hint, to_pixels
 
 HINT = "hint"  # name of the control images in a condition
+PLAIN = str | int | float | bool | None
 WIDTHS = (16, 32, 96, 256, 512)  # of the layers that read a control image, each but the first halving its sides
 
 
@@ -49,10 +50,8 @@ class ControlNet(Adapter):
         return hints.get(self.hint) if isinstance(self.hint, str) else self.hint
 
     def describe(self) -> dict[str, Any]:
-        hint = self.drawn_by()
-        options = {
-            name: value if isinstance(value, str | int | float | bool | None) else repr(value) for name, value in asdict(hint).items()
-        }
+        hint: Any = self.drawn_by()
+        options = {name: value if isinstance(value, PLAIN) else repr(value) for name, value in asdict(hint).items()}
         return {"name": type(self).__name__, "hint": {"name": hint.name, **options}, "hint_column": self.hint_column}
 
     def wrap(self, family: Family) -> ControlledFamily:
@@ -92,7 +91,7 @@ class ControlledFamily(AdaptedFamily):
         return other.convert("RGB")
 
     def encode_shown(self, shown: Sequence[Image.Image]) -> Condition:
-        return {HINT: torch.from_numpy(np.stack([np.asarray(image) for image in shown])).permute(0, 3, 1, 2)}
+        return {HINT: torch.from_numpy(np.stack([np.asarray(image) for image in shown])).permute(0, 3, 1, 2).contiguous()}
 
     def describe_shown(self) -> dict[str, Any]:
         return self.adapter.describe()

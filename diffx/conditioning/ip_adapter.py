@@ -42,7 +42,8 @@ class IPAdapter(Adapter):
         image_encoder: folder or Hub id of the network that reads references: CLIP for SD, SDXL and Flux, SigLIP for SD 3; with another
             (DINO, ...) pipelines must be given embeddings; None is the pipeline's own, and for the embedded model one that comes with it.
         reference_column: the data's column of reference pictures; None shows every training picture itself.
-        init: "zero" changes nothing before training; "text" begins as the layers for the text, as the authors' code does.
+        init: "zero" changes nothing before training (but in SD 3, whose layers attend to the picture itself once more, whatever they
+            are shown); "text" begins as the layers for the text, as the authors' code does.
         num_tokens: that a reference becomes; None is 4 for "plain", 16 for "plus".
         width: of the resampler of "plus", a multiple of 64; None is that of the model's text tokens.
         image_dropout: share of samples that are shown nothing, besides those that ``condition_dropout`` tells and shows nothing.
@@ -123,7 +124,7 @@ class IPAdapter(Adapter):
         if self.kind == "plain":
             return ImageProjection(encoder.pooled(read).shape[-1], width, tokens or TOKENS)
         inner, tokens = self._width(layout), tokens or PLUS_TOKENS
-        sizes: dict[str, int] = dict(depth=DEPTH, dim_head=HEAD_WIDTH, heads=inner // HEAD_WIDTH, num_queries=tokens)
+        sizes: dict[str, Any] = dict(depth=DEPTH, dim_head=HEAD_WIDTH, heads=inner // HEAD_WIDTH, num_queries=tokens)
         seen = encoder.hidden(read).shape[-1]
         if layout.projection == "image_proj":
             return IPAdapterTimeImageProjection(embed_dim=seen, output_dim=width, hidden_dim=inner, **sizes)
@@ -177,6 +178,10 @@ class ImagePromptFamily(AdaptedFamily):
             "text": (adapter.text_dropout, lambda name: name != REFERENCE),
             "image": (adapter.image_dropout, lambda name: name == REFERENCE),
         }
+
+    @property
+    def most_at_once(self) -> int | None:  # type: ignore[override]  # Diffusers shows all samples of a call of SD 3 the same
+        return 1 if isinstance(self.pipe, StableDiffusion3Pipeline) else None
 
     def shown(self, picture: Image.Image, other: Image.Image | None) -> Image.Image:
         return picture if other is None else other.convert("RGB")
@@ -251,9 +256,8 @@ class ImagePromptFamily(AdaptedFamily):
     def _load_words(self, encoder: str | None) -> dict[str, Any]:
         """Arguments of ``pipe.load_ip_adapter(folder, ...)``."""
         if isinstance(self.pipe, FluxPipeline):
-            return {
-                "weight_name": WEIGHTS, "image_encoder_pretrained_model_name_or_path": encoder and "{folder}", "image_encoder_subfolder": ENCODER,
-            }  # fmt: skip
+            place = {"image_encoder_pretrained_model_name_or_path": encoder and "{folder}", "image_encoder_subfolder": ENCODER}
+            return {"weight_name": WEIGHTS, **place}
         if isinstance(self.pipe, StableDiffusion3Pipeline):  # its loader looks for the encoder at that very path, not in the folder
             return {"subfolder": "", "weight_name": WEIGHTS, "image_encoder_folder": encoder and "{folder}/" + encoder}
         return {"subfolder": "", "weight_name": WEIGHTS, "image_encoder_folder": encoder}

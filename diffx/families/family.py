@@ -143,7 +143,7 @@ def process_of(scheduler: Any) -> Process:
 
 
 def remade(pipe: Any, kind: Any = None, **components: Any) -> Any:
-    """A pipeline of the same class, or of class ``kind``, with other components, whose types stay as they are (``from_pipe`` casts them)."""
+    """A pipeline of the same class or of class ``kind`` with other components, whose types stay as they are (``from_pipe`` casts them)."""
     kind = kind or type(pipe)
     takes = inspect.signature(kind.__init__).parameters
     made = kind(**{name: value for name, value in {**pipe.config, **pipe.components, **components}.items() if name in takes})

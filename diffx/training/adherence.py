@@ -74,7 +74,7 @@ class Adherence:
     @torch.no_grad()
     def draw(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> list[Image.Image]:
         """A sample for each held-out picture."""
-        at_once = max(1, PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
+        at_once = self.family.most_at_once or max(1, PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
         made: list[Image.Image] = []
         with lent(pipe):
             for first in range(0, len(self.shown), at_once):

@@ -126,7 +126,7 @@ def train(
     progress: bool = True,
     **options: Any,
 ) -> Trained:
-    """``model`` trained on data: its network, low-rank adapters in it, or a ControlNet or IP-Adapter beside it; arguments as in ``distill``.
+    """``model`` trained on data: its network, a LoRA in it, or a ControlNet or IP-Adapter beside it; other arguments as in ``distill``.
 
     Adapters are measured on pictures that are kept from training: how much each sample follows what it was shown, less how much it
     follows what others were shown; the best checkpoint by that, or by ``metric``, is the result. An IP-Adapter is put into the model's

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
+from ..conditioning.adapter import AdaptedFamily
 from ..families import Family, batched
 from ..objectives.objective import Batch, Moment, Objective
 from .config import TrainConfig
@@ -37,8 +39,10 @@ class Cost:
 def cost_of(family: Family, objective: Objective, lora: Lora | None, config: TrainConfig, size: tuple[int, int]) -> Cost:
     """What one update costs; the family's network is emptied of its numbers on the way."""
     nets = Networks(family, objective, lora, size=size)
-    objective, condition = nets.objective, family.null_condition(size=size) or {}
-    networks = set(nets.modules.values())
+    objective, condition = nets.objective, {**family.size_condition(size), **(family.null_condition(size=size) or {})}
+    if isinstance(family, AdaptedFamily):
+        condition |= family.encode_shown([family.shown(Image.new("RGB", (size[1], size[0])), None)])
+    networks = {*nets.modules.values(), *family.frozen}
     numbers = {id(w): w for network in networks for w in network.parameters()}.values()
     trained = sum(weight.numel() for weight in numbers if weight.requires_grad)
     frozen = sum(weight.numel() for weight in numbers) - trained

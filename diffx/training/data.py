@@ -79,10 +79,11 @@ class Pictures:
     def part(self, numbers: Sequence[int]) -> Pictures:
         """The pictures of those numbers, in that order."""
         chosen = list(numbers)
-        told = [None if each is None else [each[i] for i in chosen] for each in (self.texts, self.labels)]
+        texts = None if self.texts is None else [self.texts[i] for i in chosen]
+        labels = None if self.labels is None else [self.labels[i] for i in chosen]
         fingerprint = self.fingerprint and f"{self.fingerprint}/{hashlib.blake2b(repr(chosen).encode(), digest_size=8).hexdigest()}"
         others = None if self.others is None else _Part(self.others, chosen)
-        return Pictures(_Part(self.files, chosen), lambda i: self.name(chosen[i]), *told, fingerprint, others)
+        return Pictures(_Part(self.files, chosen), lambda i: self.name(chosen[i]), texts, labels, fingerprint, others)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None, column: str
         raise ValueError(f"data folder {str(folder)!r} holds no picture (it holds {others}); pictures end in .png, .jpg, .webp and so on")
     texts: list[Any] | None = None
     labels: list[Any] | None = None
-    others: list[Any] | None = None
+    seconds: list[Any] | None = None
     if metadata := next((folder / name for name in METADATA if (folder / name).is_file()), None):
         rows = _read_metadata(metadata)
         files = [folder / row["file_name"] for row in rows]
@@ -211,7 +212,7 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None, column: str
         if told == "label":
             labels = [_whole(row.get(_column("label_column", config, columns))) for row in rows]
         if column:
-            others = [folder / (row.get(_existing(column, columns)) or "") for row in rows]  # without one, what does not open is named
+            seconds = [folder / (row.get(_existing(column, columns)) or "") for row in rows]  # without one, what does not open is named
     elif column:
         raise ValueError(
             f"column {column!r} of {str(folder)!r}: a folder has columns where it has {' or '.join(METADATA)}, with paths in it"
@@ -221,7 +222,7 @@ def _read_folder(folder: Path, config: DataConfig, told: str | None, column: str
     elif told == "label":
         classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
         labels = [classes.index(file.relative_to(folder).parts[0]) if file.parent != folder else None for file in files]
-    return Pictures(files, lambda i: os.path.relpath(files[i], folder), texts, labels, _of_files([*files, *(others or [])]), others)
+    return Pictures(files, lambda i: os.path.relpath(files[i], folder), texts, labels, _of_files([*files, *(seconds or [])]), seconds)
 
 
 def _read_metadata(file: Path) -> list[dict[str, Any]]:

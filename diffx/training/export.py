@@ -49,7 +49,7 @@ def export(nets: Networks, inference: Inference, folder: str | Path, form: Form 
             save_lora(nets, scratch)
             if kohya:
                 save_file(kohya_state(nets), scratch / KOHYA, metadata={"format": "pt"})
-        elif form == "adapter":
+        elif isinstance(nets.family, AdaptedFamily):
             nets.family.save_described(nets.modules[nets.exported()], scratch)
         else:
             network = merged(nets) if form == "merged" else nets.modules[nets.exported()]

@@ -109,7 +109,7 @@ class Networks:
         return guided(Prediction(x0, eps), Prediction(x0_null, eps_null), scale)
 
     def dropout(self, batch: Batch, share: float) -> Condition:
-        """The batch's condition with nothing said of that share of its samples, and parts of it left out as the family's ``dropouts`` say."""
+        """The batch's condition with nothing said of that share of its samples, and parts left out as the family's ``dropouts`` say."""
         condition = self.without(batch.condition, batch.draws.uniform("dropout") < share)
         for word, (part, is_part) in self.family.dropouts.items():
             condition = self.without(condition, batch.draws.uniform(f"dropout/{word}") < part, is_part)
