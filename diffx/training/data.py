@@ -79,7 +79,8 @@ class Pictures:
     def part(self, numbers: Sequence[int]) -> Pictures:
         """The pictures of those numbers, in that order."""
         chosen = list(numbers)
-        texts, labels = (None if each is None else [each[i] for i in chosen] for each in (self.texts, self.labels))
+        texts = None if self.texts is None else [self.texts[i] for i in chosen]
+        labels = None if self.labels is None else [self.labels[i] for i in chosen]
         fingerprint = self.fingerprint and f"{self.fingerprint}/{hashlib.blake2b(repr(chosen).encode(), digest_size=8).hexdigest()}"
         others = None if self.others is None else _Part(self.others, chosen)
         return Pictures(_Part(self.files, chosen), lambda i: self.name(chosen[i]), texts, labels, fingerprint, others)
