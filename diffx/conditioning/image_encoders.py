@@ -26,18 +26,19 @@ class ImageEncoder:
 
     Args:
         source: folder or Hub id of CLIP, SigLIP, DINO or another; or the network itself.
+        dtype: of the network, where it is loaded here: Diffusers loads it in its pipeline's.
         processor: None is what Diffusers' pipelines would take: CLIP's own for CLIP, else the one in the folder.
 
     Raises:
         ValueError: the network cannot be loaded, lacks weights, or nothing says how its pictures are made ready.
     """
 
-    def __init__(self, source: Any, processor: Any = None, device: Any = "cpu") -> None:
+    def __init__(self, source: Any, processor: Any = None, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> None:
         if isinstance(source, str | Path):
-            self.name, network = str(source), ImageModel(source, _class_of, str(device)).network
+            source_network = ImageModel(source, _class_of, str(device)).network.to(dtype)
         else:
-            self.name, network = type(source).__name__, source
-        self.network: Any = network.to(device).eval().requires_grad_(False)
+            source_network = source
+        self.network: Any = source_network.to(device).eval().requires_grad_(False)
         self.processor: Any = processor or _processor(self.network, source)
 
     @property

@@ -105,7 +105,7 @@ class IPAdapter(Adapter):
                 f"the {type(pipe).__name__} has no image encoder; give the folder or Hub id of one, "
                 'such as image_encoder="openai/clip-vit-large-patch14"'
             )
-        return ImageEncoder(source, pipe.components.get("feature_extractor"), pipe.device)
+        return ImageEncoder(source, pipe.components.get("feature_extractor"), pipe.device, pipe.dtype)
 
     def _initial(self, layout: Layout, encoder: ImageEncoder) -> State:
         projection = self._projection(layout, encoder)
