@@ -174,7 +174,7 @@ def split(options: Mapping[str, Any]) -> dict[str, Any]:
 def describe(model: Any, family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
     """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares.
 
-    ``model`` is where it came from, for whom begins the run anew; its weights are what counts.
+    ``model`` is where it came from, for those who begin the run anew; a resume compares its weights.
     """
     settings = {section: {k: v for k, v in asdict(config).items() if k not in HERE} for section, config in sections.items()}
     method = {"name": type(objective).__name__, **asdict(objective)}

@@ -27,7 +27,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # maximum global L2 norm; inf switches it off
     mixed_precision: Precision = "no"  # "bf16" or "fp16" inside the networks' calls; weights and optimizers keep their own
     gradient_checkpointing: bool = False  # less memory, a third more time
-    seed: int = 0  # of noise, noise levels and the order of the data; another seed is another run
+    seed: int = 0  # of noise, noise levels and the order of the data; given once, it is also that of its cuts and generated samples
     save_every: int = 500  # optimizer steps between checkpoints; the last step is always saved
     evaluate_every: int = 0  # steps between measurements and sample sheets; 0 only at the end
 
