@@ -188,8 +188,8 @@ def report() -> None:
         "",
         f"`python benchmarks/conditioning.py`: {len(glyphs.held_out())} glyphs that no network ever saw, one rendering each, {CALLS} "
         f"calls, seed {SEED}. *True* is the mean likeness of samples to what they were shown, *shuffled* to what all others were, "
-        f"*retrieval* the share that is more like its own than any other (chance {1 / len(glyphs.held_out()):.4f}). *Base* is the model without "
-        "the adapter, *autoencoder* the shown pictures themselves, encoded and decoded.",
+        f"*retrieval* the share that is more like its own than any other (chance {1 / len(glyphs.held_out()):.4f}). *Base* is the model "
+        "without the adapter, *autoencoder* the shown pictures themselves, encoded and decoded.",
     ]
     for name, (title, _) in PARTS.items():
         file = FOLDER / "parts" / f"{name}.json"

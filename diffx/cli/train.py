@@ -82,7 +82,7 @@ class Methods(TyperGroup):
         if name is None:
             return None
         app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
-        is_adapter = name in dir(diffx)
+        is_adapter = name not in dir(diffx.objectives)  # diffx.LCM is a sampler
         kinds = (getattr(diffx, name), diffx.objectives.Diffusion) if is_adapter else (getattr(diffx.objectives, name),)
         app.command(cmd_name)(_command(kinds, EXAMPLES[cmd_name]))
         return typer.main.get_command(app)
