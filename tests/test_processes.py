@@ -1,17 +1,24 @@
 """Several processes, and parts of a batch, train like one process: the same noise and data, the same sums in another order."""
 
 import functools
+import json
 import os
 import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import PartialState
-from training_parts import CASES, pipeline, processes, relative, run, training, weights_of
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import load_file
+from training_parts import CASES, free_port, pipeline, processes, relative, run, training, weights_of
 
 import diffx
 from diffx.objectives.objective import Moment
+from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
 from diffx.training import checkpoint
 from diffx.training.run import Stopped
 
@@ -115,3 +122,53 @@ def test_a_batch_that_does_not_divide_is_refused():
     training(*CASES["progressive"], batch_size=8, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="batch_size=8 does not divide into 1 processes x 3 gradient_accumulation_steps"):
         training(*CASES["progressive"], batch_size=8, gradient_accumulation_steps=3)
+
+
+def shell(*words):
+    """A command in new interpreters, as a user's shell starts it."""
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow  # interpreters that import everything: half a minute
+def test_accelerate_launches_the_command(tmp_path):
+    """Two processes write one model, which stock Diffusers loads, with the weights of one process."""
+    tiny_stable_diffusion().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    words = ["distill", "lcm", tmp_path / "prompts.txt", "--teacher", tmp_path / "tiny", "--calls", 2, "--teacher-steps", 4]
+    words += ["--guidance-range", "2,3", "--guidance-scale", 2.5, "--lora-rank", 2, "--resolution", IMAGE_SIZE, "--num-generated", 8]
+    words += [
+        "--generation-steps",
+        2,
+        "--train-steps",
+        4,
+        "--batch-size",
+        4,
+        "--lr",
+        0.01,
+        "--optimizer",
+        "sgd",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", free_port(), "-m", "diffx"]
+    said = {}
+    for name, start in (("one", ["-m", "diffx"]), ("two", launch)):
+        said[name] = shell(*start, *words, "--cache", tmp_path / f"cache-{name}", "--output", tmp_path / name)
+    assert (
+        json.loads(said["two"])["call_kwargs"]
+        == json.loads(said["one"])["call_kwargs"]
+        == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    )
+    one, two = (load_file(tmp_path / name / "model" / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert relative(two, one) <= TOLERANCE
+    assert [json.loads(line)["step"] for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "tiny")
+    pipe.load_lora_weights(tmp_path / "two" / "model")
+    pipe.scheduler = LCMScheduler.from_pretrained(tmp_path / "two" / "model", subfolder="scheduler")
+    assert np.isfinite(
+        pipe("one", height=IMAGE_SIZE, width=IMAGE_SIZE, output_type="np", **json.loads(said["two"])["call_kwargs"]).images
+    ).all()

@@ -123,11 +123,15 @@ def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float((difference / sum(value.double().square().sum() for value in b.values())).sqrt())
 
 
-def processes(count: int, function, *words) -> list[int]:
-    """Exit codes of ``count`` processes of one gloo group that all call ``function``."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def processes(count: int, function, *words) -> list[int]:
+    """Exit codes of ``count`` processes of one gloo group that all call ``function``."""
+    port = free_port()
 
     def one(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
