@@ -116,6 +116,7 @@ def _command(kinds: tuple[Any, ...], example: str) -> Callable:
         **flags: Any,
     ) -> None:
         import yaml
+        from accelerate import PartialState
 
         from ..training import api
 
@@ -147,6 +148,8 @@ def _command(kinds: tuple[Any, ...], example: str) -> Callable:
         else:
             rest |= dict(lora_rank=rank, lora_alpha=alpha, lora_targets=ends, lora_start=start, sample_prompts=sample_prompt)
             trained = (api.distill if teaches else api.train)(teacher, objective, data, **rest)
+        if not PartialState().is_main_process:
+            return  # one of several says it
         if as_json:
             typer.echo(json.dumps({"model": str(output / "model"), "call_kwargs": trained.call_kwargs, **trained.report}, indent=2))
             return
