@@ -35,12 +35,14 @@ class ControlNet(Adapter):
         hint: the control image, drawn of every training picture as it is cut: a name of ``diffx.conditioning.hints.names()``, or a
             hint with options of its own; with ``hint_column`` it says what adherence is measured by.
         hint_column: the data's column of ready control images, as large as the pictures; None draws them.
+        start: folder or Hub id of a ControlNet to train further; None is a new one.
 
     Source: Zhang et al. 2023 (arXiv:2302.05543) section 3.
     """
 
     hint: str | Hint = "canny"
     hint_column: str | None = None
+    start: str | Path | None = None
 
     def __post_init__(self) -> None:
         self.drawn_by()
@@ -52,7 +54,12 @@ class ControlNet(Adapter):
     def describe(self) -> dict[str, Any]:
         hint: Any = self.drawn_by()
         options = {name: value if isinstance(value, PLAIN) else repr(value) for name, value in asdict(hint).items()}
-        return {"name": type(self).__name__, "hint": {"name": hint.name, **options}, "hint_column": self.hint_column}
+        return {
+            "name": type(self).__name__,
+            "hint": {"name": hint.name, **options},
+            "hint_column": self.hint_column,
+            "start": self.start and str(self.start),
+        }
 
     def wrap(self, family: Family) -> ControlledFamily:
         if not isinstance(family, StableDiffusion):
@@ -63,12 +70,27 @@ class ControlNet(Adapter):
         unet = family.denoiser
         if unet.encoder_hid_proj is not None:
             raise ValueError("the U-Net has an IP-Adapter, which a ControlNet cannot copy: call pipe.unload_ip_adapter() first")
-        halvings = round(math.log2(getattr(family, "vae_scale", 1))) if family.pipe.components.get("vae") else 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=WIDTHS[: halvings + 1])
+        network = self._begun() if self.start else self._new(family)
+        for name in ("in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type"):
+            mine, model = network.config[name], unet.config[name]
+            if mine != model:
+                raise ValueError(
+                    f"the ControlNet {str(self.start)!r} has {name}={mine}, and the model {model}: it belongs to another model"
+                )
         network = network if network.dtype == unet.dtype else network.to(unet.dtype)
         return ControlledFamily(family, self, network.eval(), self.hint_column)
+
+    def _new(self, family: StableDiffusion) -> Any:
+        halvings = round(math.log2(family.vae_scale)) if family.pipe.components.get("vae") else 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return diffusers.ControlNetModel.from_unet(family.denoiser, conditioning_embedding_out_channels=WIDTHS[: halvings + 1])
+
+    def _begun(self) -> Any:
+        try:
+            return diffusers.ControlNetModel.from_pretrained(str(self.start), use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"start={str(self.start)!r} did not load as a ControlNet ({type(error).__name__}: {error})") from error
 
 
 class ControlledFamily(AdaptedFamily):
