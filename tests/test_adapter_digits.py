@@ -18,7 +18,6 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 import diffx
 from diffx.conditioning.hints.edges import Canny
 from diffx.conditioning.image_encoders import ImageEncoder
-from diffx.families.family import REFERENCE
 from diffx.objectives import Diffusion
 from diffx.testing.parts import weights_from
 from diffx.training.config import TrainConfig
@@ -55,8 +54,8 @@ class Shown:
         return self.x0[indices], {"encoder_hidden_states": torch.zeros(len(indices), 1, 16), self.name: self.shown[indices]}
 
 
-def trained(digits, adapter, **options: Any) -> Training:
-    family = adapter.wrap(digits.ToldDigits(digits.load("told")))
+def trained(digits, adapter, pipe, **options: Any) -> Training:
+    family = adapter.wrap(digits.ToldDigits(pipe))
     nets = Networks(family, Diffusion(condition_dropout=0.0, ema_decay=0.98), None, size=(8, 8))
     made = Training(nets, Shown(digits, family), TrainConfig(batch_size=32, lr_schedule="linear", **options), Accelerator(cpu=True))
     list(made.steps())
@@ -75,17 +74,14 @@ def drawn(digits, made: Training, shown) -> list[Image.Image]:
     return pictures(x)
 
 
-def gain(likeness: np.ndarray) -> float:
-    return float(likeness[:, 0].mean() - likeness[:, 1:].mean())
-
-
 def test_a_controlnet_follows_edges(digits):
-    made = trained(digits, diffx.ControlNet(Canny(sigma=0.5, low=0.4, high=0.8)), train_steps=160, lr=2e-3)
+    canny = Canny(sigma=0.5, low=0.4, high=0.8)
+    made = trained(digits, diffx.ControlNet(canny), digits.load("told"), train_steps=160, lr=2e-3)
     family = made.nets.family
     shown = [family.shown(each, None) for each in pictures(digits.digits()[0][-NUM_HELD:])]
     found = family.likeness(shown, drawn(digits, made, shown))
-    print(found.mean(0), gain(found))
-    assert gain(found) > 0.25
+    # 0.29 when this was written, and 0.34 after 250 updates; a hint that is not read has 0.
+    assert found[:, 0].mean() - found[:, 1:].mean() > 0.2
 
 
 def test_an_ip_adapter_follows_what_a_reference_shows(digits):
@@ -95,43 +91,27 @@ def test_an_ip_adapter_follows_what_a_reference_shows(digits):
     # Half of the training digits teach the image encoder, the other half the judge: what one misreads the other need not.
     half = NUM_TRAINED // 2
     judge = MLPClassifier((64,), max_iter=300, random_state=0).fit(x[half:NUM_TRAINED].flatten(1).numpy(), labels[half:NUM_TRAINED])
-    encoder = taught(x[:half], torch.as_tensor(labels[:half]))
     pipe = digits.load("told")
-    pipe.register_modules(
-        image_encoder=encoder, feature_extractor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    )
-    adapter = diffx.IPAdapter("plain", image_dropout=0.0, text_dropout=0.0)
-    digits.load, load = lambda name: pipe, digits.load
-    try:
-        made = trained(digits, adapter, train_steps=200, lr=5e-3)
-    finally:
-        digits.load = load
-    held = pictures(x[-NUM_HELD:])
+    pipe.register_modules(image_encoder=taught(x[:half], torch.as_tensor(labels[:half])), feature_extractor=processor())
+    made = trained(digits, diffx.IPAdapter("plain", image_dropout=0.0, text_dropout=0.0), pipe, train_steps=200, lr=5e-3)
+    held, own = pictures(x[-NUM_HELD:]), labels[-NUM_HELD:]
     seen = judge.predict(np.stack([np.asarray(each.convert("L"), np.float32).ravel() / 127.5 - 1 for each in drawn(digits, made, held)]))
-    own = labels[-NUM_HELD:]
     agreement = np.array([np.mean(seen == np.roll(own, k)) for k in range(5)])
-    print(agreement)
-    assert agreement[0] - agreement[1:].mean() > 0.2
+    # 0.72 after 400 updates; chance is 0.1, and so 0 with what others were shown taken off.
+    assert agreement[0] - agreement[1:].mean() > 0.3
+
+
+def processor():
+    return CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
 
 
 def taught(x, labels):
     """An image encoder whose embeddings tell digits apart."""
     with weights_from(0):
-        network = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                projection_dim=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=8,
-                patch_size=2,
-            )
-        )
+        sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        network = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, projection_dim=32, image_size=8, patch_size=2))
         head = torch.nn.Linear(32, 10)
-    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    encoder = ImageEncoder(network, processor)
-    pixels = encoder.pixels(pictures(x))
+    pixels = ImageEncoder(network, processor()).pixels(pictures(x))
     network.requires_grad_(True)
     optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], 3e-3)
     rng = torch.Generator().manual_seed(0)

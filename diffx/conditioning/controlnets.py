@@ -58,7 +58,7 @@ class ControlNet(Adapter):
             "name": type(self).__name__,
             "hint": {"name": hint.name, **options},
             "hint_column": self.hint_column,
-            "start": self.start and str(self.start),
+            "start": None if self.start is None else str(self.start),
         }
 
     def wrap(self, family: Family) -> ControlledFamily:
@@ -72,11 +72,9 @@ class ControlNet(Adapter):
             raise ValueError("the U-Net has an IP-Adapter, which a ControlNet cannot copy: call pipe.unload_ip_adapter() first")
         network = self._begun() if self.start else self._new(family)
         for name in ("in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type"):
-            mine, model = network.config[name], unet.config[name]
+            mine, model = (list(value) if isinstance(value, tuple) else value for value in (network.config[name], unet.config[name]))
             if mine != model:
-                raise ValueError(
-                    f"the ControlNet {str(self.start)!r} has {name}={mine}, and the model {model}: it belongs to another model"
-                )
+                raise ValueError(f"the ControlNet {str(self.start)!r} has {name}={mine}, and the model {model}: it is another model's")
         network = network if network.dtype == unet.dtype else network.to(unet.dtype)
         return ControlledFamily(family, self, network.eval(), self.hint_column)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 TRUE, SHUFFLED, GAIN = "true", "shuffled", "gain"  # figures of a measurement: likeness to what was shown, to what others were shown
-LEAST = 3.0  # a jump counts where it is so many times the spread around it
+LEAST = 4.0  # a jump counts where it is more times the spread around it; that of a straight line is at most so many
 SMOOTH = 40  # points that remain of the loss
 
 
@@ -16,7 +16,7 @@ def moment(gains: Mapping[int, float]) -> int | None:
     """The step of the first measurement after the one jump that explains a curve best; None where there is no such jump.
 
     Of all ways to cut the curve in two, each part replaced by its mean, the one with the least squared error. It counts where the
-    means differ by more than three times the root of that error's mean, and the curve rises.
+    means differ by more than four times the root of that error's mean, which no straight line does, and the curve rises.
     """
     steps = sorted(gains)
     values = np.array([gains[step] for step in steps])
