@@ -99,7 +99,7 @@ import atexit, torch, diffusers
 from safetensors.torch import save_file
 seen = {}
 def keep(name, value):
-    count = sum(key.startswith(name) for key in seen)
+    count = sum(key.startswith(name + "/") for key in seen)
     seen[f"{name}/{count}"] = value.detach().clone(memory_format=torch.contiguous_format)
 def add_noise(self, latents, noise, timesteps, of=diffusers.DDPMScheduler.add_noise):
     for name, value in (("latents", latents), ("noise", noise), ("t", timesteps)):
