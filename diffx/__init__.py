@@ -56,11 +56,13 @@ _PUBLIC = {
     "calibrate": "diffx.calibration",
     "distill": "diffx.training.api",
     "guide": "diffx.guidance",
+    "push_to_hub": "diffx.hub.publish",
     "train": "diffx.training.api",
 }
 __all__ = [
     "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun",
-    "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives", "train",
+    "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives", "push_to_hub",
+    "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType
 
@@ -28,8 +28,12 @@ from .networks import Lora, Networks
 from .pictures import picture_size
 from .run import Metric, Run
 
+if TYPE_CHECKING:
+    from ..hub.publish import Published
+
 SECTIONS = {"train": TrainConfig, "data": DataConfig}
 RENDERINGS = 3  # of each glyph of the embedded model
+SHOWN = "shown.png"  # in the folder of an adapter's run: what the first of its samples was shown
 HERE = ("cache",)  # options that say where something lies, not what it is
 
 
@@ -47,6 +51,12 @@ class Trained:
     folder: Path
     networks: Networks
     inference: Inference
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Published:
+        """Upload the result with a card; options and errors are those of ``diffx.push_to_hub``."""
+        from ..hub.publish import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def save_pretrained(self, folder: str | Path, *, form: Form | None = None, kohya: bool = False) -> Path:
         """Write the result for stock Diffusers: "full", "lora", "merged" or "adapter"; None is the smallest that it loads.
@@ -239,6 +249,7 @@ def _run(
     if isinstance(family, AdaptedFamily) and not _is_examples(data):
         data, held = hold_out(family, data, held_out, sections["data"])
         metric = Adherence(family, held, size, metric, seed=sections["data"].seed)
+        prompts = metric.texts
     examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
     nets = Networks(family, objective, lora, size=size)
     training = Training(nets, examples, config, accelerator)
@@ -254,6 +265,8 @@ def _run(
     trained = Trained(pipeline, call_kwargs, report, folder, nets, nets.objective.inference(family))
     if accelerator.is_main_process:
         trained.save_pretrained(folder / "model")
+        if isinstance(metric, Adherence):
+            metric.shown[0].save(folder / SHOWN)
     accelerator.wait_for_everyone()
     return trained
 
