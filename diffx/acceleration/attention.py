@@ -12,15 +12,13 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from .kernels import KERNELS, NATIVE, Kind, candidates, find, is_from_hub, requirement, trial
+from .kernels import AUTO, KERNELS, NATIVE, Kind, candidates, check_known, find, is_from_hub, requirement, trial
 from .routing import Route, Routing, is_routable, processor_of, stock_of
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the attentions of one model that have heads of one width use, and why.
+    """What the attentions of one model that have heads of one width use, and ``why``.
 
     ``kernel`` serves their calls of ``dtype`` on ``device``, ``masked`` those with a mask, and PyTorch's own all others. ``refused``
     has the reason for each kernel that was considered before it, and ``failed`` names those of them that were tried. ``unreached``
@@ -33,6 +31,7 @@ class Choice:
     dtype: str
     device: str
     kernel: str
+    why: str
     masked: str
     refused: Mapping[str, str]
     failed: tuple[str, ...]
@@ -40,7 +39,8 @@ class Choice:
 
     def __str__(self) -> str:
         masked = "" if self.masked == self.kernel else f", with a mask {self.masked}"
-        lines = [f"{self.model}: {self.kernel}{masked}; {self.attentions} attentions {self.head_dim} wide, {self.dtype} on {self.device}"]
+        where = f"{self.attentions} attentions {self.head_dim} wide, {self.dtype} on {self.device}"
+        lines = [f"{self.model}, {where}: {self.kernel} ({self.why}){masked}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join([*lines, *(f"  as they are: {count} with {name}" for name, count in self.unreached.items())])
 
@@ -55,6 +55,7 @@ def set_attention(
     Diffusers' process-wide choice is neither used nor changed.
 
     Args:
+        model: a pipeline of Diffusers, a model, or several by name.
         kernel: "auto" is the first that runs of those for the device (the table is in ``diffx.acceleration.kernels``); or Diffusers'
             name of one, and one from the Hub ("flash_hub") is downloaded and run. Attentions that it does not serve are PyTorch's
             own, with a warning.
@@ -73,13 +74,14 @@ def set_attention(
     choices = _chosen(groups, model, kernel, device, dtype, training, download=True)
     unfit: dict[str, list[str]] = {}
     for choice in choices:
+        where = f"{choice.model} ({choice.head_dim} wide)"
         for name in choice.failed if kernel == AUTO else choice.refused:
-            unfit.setdefault(f"{name} ({choice.refused[name]})", []).append(f"{choice.model} ({choice.head_dim} wide)")
+            unfit.setdefault(f"{name} ({choice.refused[name]})", []).append(where)
+        for name in choice.unreached if choice.kernel != NATIVE else ():
+            unfit.setdefault(f"{choice.kernel} ({name} calculates attention itself)", []).append(where)
     if unfit:
         said = "; ".join(f"{what} for {', '.join(where)}" for what, where in unfit.items())
-        warnings.warn(
-            f"attention kernels that cannot be used, so that another one is, which the result says when printed: {said}", stacklevel=2
-        )
+        warnings.warn(f"attention kernels that cannot be used: {said}; the result, printed, says what is used", stacklevel=2)
     return AttentionKernels(groups, choices)
 
 
@@ -101,8 +103,14 @@ class AttentionKernels:
         self.choices = choices
         routes: dict[nn.Module, Route] = {}
         for group, choice in zip(groups, choices, strict=True):
-            of = dict(head_dim=choice.head_dim, dtype=getattr(torch, choice.dtype), device_type=torch.device(choice.device).type)
-            routes |= dict.fromkeys(group.attentions, Route(choice.kernel, **of, takes_masks=choice.masked == choice.kernel))
+            route = Route(
+                choice.kernel,
+                head_dim=choice.head_dim,
+                dtype=getattr(torch, choice.dtype),
+                device_type=torch.device(choice.device).type,
+                takes_masks=choice.masked == choice.kernel,
+            )
+            routes |= dict.fromkeys(group.attentions, route)
         self._routing: Routing | None = Routing(routes)
 
     def undo(self) -> None:
@@ -130,57 +138,57 @@ class AttentionKernels:
 
 @dataclass(frozen=True)
 class _Group:
-    """The attentions of one model that have heads of one width."""
+    """The attentions of one model that have weights of one dtype and heads of one width."""
 
     name: str
-    model: nn.Module
+    dtype: torch.dtype
     head_dim: int
+    device: torch.device
     attentions: list[nn.Module]
 
 
 def _groups(model: Any) -> list[_Group]:
-    """The attentions of a model or pipeline.
+    """The attentions of what ``set_attention`` takes.
 
     Raises:
         ValueError: it is neither, or none of its attentions can be given a kernel.
     """
-    parts = model.components if isinstance(model, DiffusionPipeline) else {type(model).__name__: model}
+    parts = model.components if isinstance(model, DiffusionPipeline) else model
+    parts = parts if isinstance(parts, Mapping) else {type(parts).__name__: parts}
     networks = {part: name for name, part in parts.items() if isinstance(part, nn.Module)}
     if not networks:
         raise ValueError(f"{type(model).__name__} is no model; give a pipeline of Diffusers or one of its models")
-    found: list[_Group] = []
+    found: dict[tuple[str, torch.dtype, int], _Group] = {}
     for network, name in networks.items():
-        widths: dict[int, list[nn.Module]] = {}
         for module in network.modules():
             if processor_of(module) is not None:
-                widths.setdefault(_head_dim(module), []).append(module)
-        found += [_Group(name, network, width, attentions) for width, attentions in widths.items()]
-    classes = Counter(stock_of(processor_of(module)) for group in found for module in group.attentions)
+                weights = next(weight for part in (module, network) for weight in part.parameters() if weight.is_floating_point())
+                key = name, weights.dtype, _head_dim(module)
+                found.setdefault(key, _Group(*key, weights.device, [])).attentions.append(module)
+    classes = Counter(stock_of(processor_of(module)) for group in found.values() for module in group.attentions)
     if not any(map(is_routable, classes)):
         why = f"all are calculated by {', '.join(cls.__name__ for cls in classes)}" if classes else "there is none"
         raise ValueError(
             f"{type(model).__name__} has no attention that can be given another kernel ({why}); sliced attention and xFormers' own "
             "processors are switched off by set_default_attn_processor() of the model"
         )
-    return found
+    return list(found.values())
 
 
 def _chosen(
     groups: list[_Group], model: Any, kernel: str, device: Any, dtype: torch.dtype | None, training: bool, *, download: bool
 ) -> tuple[Choice, ...]:
-    if kernel not in (AUTO, *KERNELS):
-        raise ValueError(f"attention kernel {kernel!r} is not known; there are {AUTO}, {', '.join(KERNELS)}")
+    check_known(kernel)
     made: list[Choice] = []
     for group in groups:
-        weights = next(weight for weight in group.model.parameters() if weight.is_floating_point())
-        where = torch.device(device or getattr(model, "_execution_device", weights.device))  # weights may wait elsewhere
-        kind = Kind(where, dtype or weights.dtype, _heads(group.attentions[0]), group.head_dim, training)
+        where = torch.device(device or getattr(model, "_execution_device", group.device))  # weights may wait elsewhere
+        kind = Kind(where, dtype or group.dtype, _heads(group.attentions[0]), group.head_dim, training)
         names = candidates(where) if kernel == AUTO else (kernel,)
         found = find(names, kind, download=download)
         classes = Counter(stock_of(processor_of(module)) for module in group.attentions)
         made.append(
             Choice(
-                group.name, len(group.attentions), group.head_dim, str(kind.dtype).removeprefix("torch."), str(where), found.kernel,
+                group.name, len(group.attentions), group.head_dim, str(kind.dtype).removeprefix("torch."), str(where), found.kernel, found.why,
                 found.kernel if found.takes_masks else NATIVE, found.refused, found.failed,
                 {cls.__name__: count for cls, count in classes.items() if not is_routable(cls)},
             )

@@ -17,6 +17,7 @@ downloaded and run from the Hub (``*_hub``) are used where they are named only.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor
 
+AUTO = "auto"
 NATIVE = AttentionBackendName.NATIVE.value
 KERNELS = tuple(sorted(kernel.value for kernel in AttentionBackendName))
 # From this compute capability on; each from the makers' own figures, none measured by us.
@@ -62,6 +64,7 @@ class Found:
     """The kernel for calls of one kind, whether it serves those with a mask, and what was not taken before it, with the reason."""
 
     kernel: str
+    why: str
     takes_masks: bool
     refused: dict[str, str]
     failed: tuple[str, ...] = ()  # of those, what seemed to fit and did not run as PyTorch's own
@@ -74,6 +77,18 @@ class _Sizes:
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def check_known(kernel: str) -> None:
+    """Refuse what is no name of a kernel.
+
+    Raises:
+        ValueError: it is neither "auto" nor a name that Diffusers knows.
+    """
+    if kernel not in (AUTO, *KERNELS):
+        near = difflib.get_close_matches(kernel, [AUTO, *KERNELS], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"attention kernel {kernel!r} is not one of {AUTO}, {', '.join(KERNELS)}{hint}")
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:
@@ -98,13 +113,14 @@ def find(names: tuple[str, ...], kind: Kind, *, download: bool = True) -> Found:
         if reason := requirement(name, kind):
             refused[name] = reason
         elif is_from_hub(name) and not download:
-            return Found(name, False, refused, tuple(failed))
+            return Found(name, "it fits; it would be downloaded, and was not tried", False, refused, tuple(failed))
         elif reason := trial(name, kind):
             refused[name] = reason
             failed.append(name)
         else:
-            return Found(name, trial(name, kind, masked=True) is None, refused, tuple(failed))
-    return Found(NATIVE, True, refused, tuple(failed))
+            return Found(name, "it fits, and a call agrees", trial(name, kind, masked=True) is None, refused, tuple(failed))
+    why = "it was asked for" if NATIVE in names else "no other one runs" if names else f"no other one is tried on {kind.device.type}"
+    return Found(NATIVE, why, True, refused, tuple(failed))
 
 
 def requirement(name: str, kind: Kind) -> str | None:

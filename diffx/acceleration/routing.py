@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 # What a processor may call: PyTorch's function, or Diffusers' choice of kernels.
 CALLED = ("scaled_dot_product_attention", "dispatch_attention_fn")
+_CLASS: Any = object.__dict__["__class__"]  # sets the class of an object that says it has another
 
 
 class Route:
@@ -48,7 +49,7 @@ class Route:
         options: dict[str, Any] = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         if query.ndim != 4:
             return F.scaled_dot_product_attention(query, key, value, **options)
-        return self.dispatch_attention_fn(*(x.transpose(1, 2) for x in (query, key, value)), **options).transpose(1, 2)
+        return self.dispatch_attention_fn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options).transpose(1, 2)
 
     def dispatch_attention_fn(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
@@ -111,7 +112,7 @@ class Routing:
         stock = stock_of(processor)
         if processor in self._originals or not is_routable(stock):
             return processor
-        second = _routed(stock, route).__new__(_routed(stock, route))
+        second: Any = object.__new__(_routed(stock, route))
         object.__setattr__(second, "__dict__", processor.__dict__)
         self._originals[second] = processor
         return second
@@ -128,7 +129,7 @@ class Routing:
             if module.processor in self._originals:
                 module.processor = self._originals[module.processor]
         for second in self._originals:  # somebody may hold one, and put it into the model again
-            object.__dict__["__class__"].__set__(second, stock_of(second))
+            _CLASS.__set__(second, stock_of(second))
 
 
 def processor_of(module: nn.Module) -> Any:
@@ -146,6 +147,7 @@ def stock_of(thing: Any) -> type:
     return getattr(type(thing), "diffx_stock", type(thing))
 
 
+@functools.lru_cache(maxsize=256)
 def _calling(cls: type) -> dict[str, types.FunctionType]:
     """The methods of a class that call one of the functions by its usual name in their file."""
     methods = inspect.getmembers(cls, inspect.isfunction)
@@ -171,7 +173,7 @@ def _routed(stock: type, route: Route) -> type:
     return type(stock.__name__, (stock,), {**methods, **same, "__class__": property(lambda self: stock), "diffx_stock": stock})
 
 
-def _watching(stock: type, routing: Routing, route: Route) -> type:
+def _watching(stock: Any, routing: Routing, route: Route) -> type:
     """A subclass of an attention module that routes each processor it is given."""
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
