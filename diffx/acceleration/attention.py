@@ -169,8 +169,8 @@ def _groups(model: Any) -> list[_Group]:
     if not any(map(is_routable, classes)):
         why = f"all are calculated by {', '.join(cls.__name__ for cls in classes)}" if classes else "there is none"
         raise ValueError(
-            f"{type(model).__name__} has no attention that can be given another kernel ({why}); sliced attention and xFormers' own "
-            "processors are switched off by set_default_attn_processor() of the model"
+            f"{type(model).__name__} has no attention that can be given another kernel ({why}); where processors for slices or xFormers "
+            "are in the way, model.set_attn_processor(AttnProcessor2_0()) puts Diffusers' usual ones in"
         )
     return list(found.values())
 
@@ -186,13 +186,20 @@ def _chosen(
         names = candidates(where) if kernel == AUTO else (kernel,)
         found = find(names, kind, download=download)
         classes = Counter(stock_of(processor_of(module)) for module in group.attentions)
-        made.append(
-            Choice(
-                group.name, len(group.attentions), group.head_dim, str(kind.dtype).removeprefix("torch."), str(where), found.kernel, found.why,
-                found.kernel if found.takes_masks else NATIVE, found.refused, found.failed,
-                {cls.__name__: count for cls, count in classes.items() if not is_routable(cls)},
-            )
-        )  # fmt: skip
+        choice = Choice(
+            model=group.name,
+            attentions=len(group.attentions),
+            head_dim=group.head_dim,
+            dtype=str(kind.dtype).removeprefix("torch."),
+            device=str(where),
+            kernel=found.kernel,
+            why=found.why,
+            masked=found.kernel if found.takes_masks else NATIVE,
+            refused=found.refused,
+            failed=found.failed,
+            unreached={cls.__name__: count for cls, count in classes.items() if not is_routable(cls)},
+        )
+        made.append(choice)
     if kernel not in (AUTO, *(choice.kernel for choice in made)):
         runs = [
             name for name in KERNELS if name == NATIVE or not (requirement(name, kind) or (not is_from_hub(name) and trial(name, kind)))
