@@ -49,6 +49,8 @@ class Route:
         options: dict[str, Any] = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         if query.ndim != 4:
             return F.scaled_dot_product_attention(query, key, value, **options)
+        if attn_mask is not None:  # (queries, keys) to PyTorch, and (B, keys) to Diffusers, unless all four sizes are there
+            options["attn_mask"] = attn_mask[(None,) * (4 - attn_mask.ndim)]
         return self.dispatch_attention_fn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options).transpose(1, 2)
 
     def dispatch_attention_fn(
@@ -57,18 +59,12 @@ class Route:
         backend: Any = None, parallel_config: Any = None,
     ) -> Tensor:  # fmt: skip
         """Diffusers' function of that name, (B, N, H, D) in and out, whatever ``backend`` it is told."""
-        # Of what a kernel has no argument for, Diffusers would leave out in silence.
-        asked = {
-            "attn_mask": attn_mask is not None,
-            "dropout_p": dropout_p > 0,
-            "is_causal": is_causal,
-            "scale": scale is not None,
-            "enable_gqa": enable_gqa,
-            **dict.fromkeys(attention_kwargs or (), True),
-        }
+        # What a kernel has no argument for, Diffusers would leave out in silence.
+        asked = {"attn_mask": attn_mask is not None, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         served = (
             self._of_its_kind(query)
-            and all(name in self._arguments for name, is_asked in asked.items() if is_asked)
+            and self._arguments.issuperset(name for name, value in asked.items() if value)
+            and self._arguments.issuperset(attention_kwargs or ())
             and (attn_mask is None or self.takes_masks)
             and (parallel_config is None or self._splits)
         )
