@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -451,6 +452,18 @@ def test_auto_is_native_elsewhere(name):
     assert kernels.candidates(torch.device(name.lower())) == documented()[name] == ()
 
 
+def test_the_readme_has_the_same_table():
+    names = {"flash-attn-3": "_flash_3", "cuDNN": "_native_cudnn", "flash-attn": "flash", "xFormers": "xformers"}
+    text = (Path(__file__).parent.parent / "README.md").read_text().split('| device | "auto" tries')[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    said = {
+        device: tuple(names[name] for name in tried.split(", ") if name in names)
+        for devices, tried in rows
+        for device in devices.split(", ")
+    }
+    assert said == {device: tried for device, tried in documented().items() if device != "older"}
+
+
 def test_auto_on_the_cpu_is_native_in_silence():
     pipe = tiny_stable_diffusion()
     with warnings.catch_warnings():
@@ -485,6 +498,16 @@ def test_a_kernel_with_other_numbers_fails_its_trial(monkeypatch):
     monkeypatch.setitem(_AttentionBackendRegistry._backends, math, lambda **kwargs: own(**kwargs) * torch.nan)
     with pytest.raises(ValueError, match="differs from PyTorch's own by nan"):
         set_attention(tiny_stable_diffusion(), "_native_math")
+
+    def wrong_in_gradients(**kwargs):
+        made = own(**kwargs)
+        return made + (0 * made).sqrt()  # the same numbers, whose derivative is none
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, wrong_in_gradients)
+    unet = tiny_stable_diffusion().unet
+    assert choose_attention(unet, "_native_math")[0].kernel == "_native_math"
+    with pytest.raises(ValueError, match="differs from PyTorch's own by nan"):
+        choose_attention(unet, "_native_math", training=True)
 
 
 def test_hub_kernels_are_checked_without_the_network(gpu, monkeypatch):

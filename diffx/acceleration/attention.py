@@ -151,7 +151,7 @@ def _groups(model: Any) -> list[_Group]:
     """The attentions of what ``set_attention`` takes.
 
     Raises:
-        ValueError: it is neither, or none of its attentions can be given a kernel.
+        ValueError: it holds no model, or none of its attentions can be given a kernel.
     """
     parts = model.components if isinstance(model, DiffusionPipeline) else model
     parts = parts if isinstance(parts, Mapping) else {type(parts).__name__: parts}

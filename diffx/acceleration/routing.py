@@ -60,7 +60,13 @@ class Route:
     ) -> Tensor:  # fmt: skip
         """Diffusers' function of that name, (B, N, H, D) in and out, whatever ``backend`` it is told."""
         # What a kernel has no argument for, Diffusers would leave out in silence.
-        asked = {"attn_mask": attn_mask is not None, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        asked = {
+            "attn_mask": attn_mask is not None,
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+        }
         served = (
             self._of_its_kind(query)
             and self._arguments.issuperset(name for name, value in asked.items() if value)
@@ -74,9 +80,11 @@ class Route:
         )  # fmt: skip
 
     def _of_its_kind(self, query: Tensor) -> bool:
-        same = query.dtype == self.dtype and query.device.type == self.device_type
+        same_device = query.device.type == self.device_type
+        same = same_device and query.dtype == self.dtype
         if not torch.compiler.is_compiling():
-            if not same and not self._used:  # else another part of a run, such as an evaluation
+            lost = not same_device or (not same and self.kernel != AttentionBackendName.NATIVE)
+            if lost and not self._used:  # else another part of a run, such as an evaluation
                 warnings.warn(
                     f"attention kernel {self.kernel.value!r} was chosen for {self.dtype} on {self.device_type} and is called with "
                     f"{query.dtype} on {query.device.type}: native there; call set_attention when the model is where and as it will run",
