@@ -8,6 +8,7 @@ import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from . import guidance, objectives
+    from .acceleration import set_attention
     from .calibration import calibrate
     from .conditioning.controlnets import ControlNet
     from .conditioning.ip_adapter import IPAdapter
@@ -57,12 +58,13 @@ _PUBLIC = {
     "distill": "diffx.training.api",
     "guide": "diffx.guidance",
     "push_to_hub": "diffx.hub.publish",
+    "set_attention": "diffx.acceleration",
     "train": "diffx.training.api",
 }
 __all__ = [
     "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun",
-    "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives", "push_to_hub",
-    "train",
+    "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives",
+    "push_to_hub", "set_attention", "train",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

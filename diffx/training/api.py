@@ -255,7 +255,8 @@ def _run(
     training = Training(nets, examples, config, accelerator)
     if report_to:
         accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
-    report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
+    with training.kernels:
+        report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
     if report_to:
         accelerator.end_training()
     for role, network in nets.modules.items():
