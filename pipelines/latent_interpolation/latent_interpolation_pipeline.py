@@ -1,0 +1,185 @@
+"""Pictures between two prompts and two noises of a Stable Diffusion model, or between two given pictures: a grid and a looping GIF."""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+PARALLEL = 1e-4  # radians; below it a circle is a straight line to float32
+OPPOSITE = math.pi - 1e-3  # beyond it the way round is a matter of rounding
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """(..., D) the vectors a fraction ``t`` of the way from ``a`` to ``b``: angles at constant speed, lengths in between.
+
+    ``t=0`` is ``a`` and ``t=1`` is ``b``, bit for bit. Noise stays noise: two long Gaussian vectors have one length and a
+    right angle between them, and a straight line would pass through vectors too short by up to 1 / sqrt(2).
+
+    Source: Shoemake 1985, "Animating rotation with quaternion curves".
+
+    Raises:
+        ValueError: ``t`` outside 0 .. 1, different shapes, or vectors that are zero or opposite.
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"t={t} must lie between 0 and 1")
+    if a.shape != b.shape:
+        raise ValueError(f"a has shape {tuple(a.shape)}, b {tuple(b.shape)}; they must be equal")
+    wide_a, wide_b = a.double(), b.double()
+    length_a, length_b = (x.norm(dim=-1, keepdim=True) for x in (wide_a, wide_b))
+    if not (length_a.all() and length_b.all()):
+        raise ValueError("a zero vector has no direction")
+    cosine = (wide_a * wide_b).sum(-1, keepdim=True) / (length_a * length_b)
+    angle = cosine.clamp(-1, 1).acos()
+    if (angle > OPPOSITE).any():
+        raise ValueError("opposite vectors have no shortest way between them; choose another end")
+    parallel = angle < PARALLEL
+    turn = torch.where(parallel, 1.0, angle)
+    length = (1 - t) * length_a + t * length_b
+    weight_a = torch.where(parallel, 1 - t, ((1 - t) * turn).sin() / turn.sin()) * (length / length_a)
+    weight_b = torch.where(parallel, t, (t * turn).sin() / turn.sin()) * (length / length_b)
+    return (weight_a * wide_a + weight_b * wide_b).to(a.dtype)
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Pictures of one size, row by row: between the prompts down the rows, between the noises along the columns."""
+
+    images: list[Image.Image]
+    num_columns: int
+
+    def grid(self, scale: int = 1) -> Image.Image:
+        """All pictures on one sheet, each pixel ``scale`` pixels wide."""
+        width, height = (side * scale for side in self.images[0].size)
+        sheet = Image.new("RGB", (self.num_columns * width, len(self.images) // self.num_columns * height))
+        for i, image in enumerate(self.images):
+            large = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(large, (i % self.num_columns * width, i // self.num_columns * height))
+        return sheet
+
+    def loop(self) -> list[Image.Image]:
+        """Frames that can be played round and round: every second row backwards, so that neighbours follow, and all the way back."""
+        rows = [self.images[i : i + self.num_columns] for i in range(0, len(self.images), self.num_columns)]
+        there = [image for i, row in enumerate(rows) for image in (row[::-1] if i % 2 else row)]
+        return there + there[-2:0:-1]
+
+    def save_gif(self, file: str | Path, *, milliseconds: int = 100, scale: int = 1) -> None:
+        """Write ``loop`` as an animated GIF, ``milliseconds`` a frame."""
+        first, *others = [image.resize([side * scale for side in image.size], Image.Resampling.NEAREST) for image in self.loop()]
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+class LatentInterpolationPipeline(StableDiffusionPipeline):
+    """A Stable Diffusion pipeline whose call draws what lies between two prompts and two noises."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Sequence[str],
+        *,
+        seed: Sequence[int] = (0, 1),
+        latents: Sequence[Tensor] | None = None,
+        num_rows: int = 5,
+        num_columns: int = 5,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | None = None,
+    ) -> Interpolation:
+        """A grid of pictures whose corners are those of ``StableDiffusionPipeline``, bit for bit.
+
+        Prompt embeddings are interpolated token by token, noises as one long vector each. One picture is drawn at a time, so
+        memory is that of one picture.
+
+        Args:
+            prompt: two texts, of the first and of the last row.
+            seed: two seeds, of the first and of the last column: ``torch.Generator().manual_seed(seed)``.
+            latents: two noises (1, C, h, w) with standard deviation 1 instead.
+            num_rows, num_columns: 1 keeps to the first prompt, or noise.
+
+        Raises:
+            ValueError: not two prompts, two seeds or two noises, or a count below one.
+        """
+        if isinstance(prompt, str) or len(prompt) != 2:
+            raise ValueError(f"prompt={prompt!r} must be two texts, such as ('rocket', 'ghost'); num_rows=1 keeps to the first")
+        for name, count in (("num_rows", num_rows), ("num_columns", num_columns)):
+            if count < 1:
+                raise ValueError(f"{name}={count} must be at least 1")
+        options = {"height": height, "width": width, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        noises = self._noises(seed, height, width) if latents is None else tuple(latents)
+        if len(noises) != 2:
+            raise ValueError(f"latents holds {len(noises)} noises; two are needed")
+        (first, uncondition), (last, _) = (self.encode_prompt(text, self._execution_device, 1, True, negative_prompt) for text in prompt)
+        shape = noises[0].shape
+        images = []
+        for row in _fractions(num_rows):
+            condition = slerp(first, last, row)
+            for column in _fractions(num_columns):
+                noise = slerp(noises[0].flatten(1), noises[1].flatten(1), column).reshape(shape)
+                drawn = super().__call__(prompt_embeds=condition, negative_prompt_embeds=uncondition, latents=noise, **options)
+                images += drawn.images
+        return Interpolation(images, num_columns)
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image) -> Tensor:
+        """(1, C, h, w) the latents of a picture: the mean of the autoencoder's posterior, so always the same."""
+        pixels = self.image_processor.preprocess(image).to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        return latents.contiguous()  # sums of a convolution depend on the layout in their last bit
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Image.Image:
+        """The picture of latents (1, C, h, w), as ``encode`` returns them."""
+        pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return self.image_processor.postprocess(pixels, output_type="pil")[0]
+
+    def between(self, first: Image.Image, last: Image.Image, num_columns: int = 5) -> Interpolation:
+        """One row of pictures from ``first`` to ``last``, both as the autoencoder draws them; the network is not called.
+
+        Raises:
+            ValueError: pictures of different sizes, or a count below one.
+        """
+        if first.size != last.size:
+            raise ValueError(f"the pictures have sizes {first.size} and {last.size}; they must be equal")
+        if num_columns < 1:
+            raise ValueError(f"num_columns={num_columns} must be at least 1")
+        a, b = self.encode(first), self.encode(last)
+        ways = (slerp(a.flatten(1), b.flatten(1), t).reshape(a.shape) for t in _fractions(num_columns))
+        return Interpolation([self.decode(latents) for latents in ways], num_columns)
+
+    def _noises(self, seed: Sequence[int], height: int | None, width: int | None) -> tuple[Tensor, Tensor]:
+        if isinstance(seed, int) or len(seed) != 2:
+            raise ValueError(f"seed={seed!r} must be two whole numbers, such as (0, 1); num_columns=1 keeps to the first")
+        side = self.unet.config.sample_size
+        default_height, default_width = (side, side) if isinstance(side, int) else side
+        rows = default_height if height is None else height // self.vae_scale_factor
+        columns = default_width if width is None else width // self.vae_scale_factor
+        shape = (1, self.unet.config.in_channels, rows, columns)
+        device, dtype = self._execution_device, self.unet.dtype
+        a, b = (randn_tensor(shape, generator=torch.Generator().manual_seed(each), device=device, dtype=dtype) for each in seed)
+        return a, b
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """``model_index.json``, and beside it this file, which it names: a folder that loads with ``trust_remote_code=True``."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copy(__file__, save_directory)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The text of ``model_index.json``."""
+        index = json.loads(super().to_json_string()) | {"_class_name": [Path(__file__).stem, type(self).__name__]}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _fractions(count: int) -> list[float]:
+    """``count`` numbers from 0 to 1, both ends exact; 0 alone for one."""
+    return [i / (count - 1) for i in range(count)] if count > 1 else [0.0]
