@@ -169,7 +169,8 @@ class ControlledPipeline(StableDiffusionPipeline):
             options: whatever else the pipelines of Diffusers take: guidance_scale, generator, height, output_type, ...
 
         Raises:
-            ValueError: as many entries as there are conditions are wanted, or one for all; a picture without a mask.
+            ValueError: as many entries as there are conditions are wanted, or one for all; a picture without a mask;
+            a picture for an IP-Adapter that is not loaded.
         """
         if (image is None) != (mask_image is None):
             raise ValueError("image and mask_image go together: the mask says what to change in the picture")
@@ -195,20 +196,14 @@ class ControlledPipeline(StableDiffusionPipeline):
         processors = [p for p in self.unet.attn_processors.values() if isinstance(p, IPAdapterAttnProcessor | IPAdapterAttnProcessor2_0)]
         before = [list(processor.scale) for processor in processors]
         count = len(before[0]) if before else 0
-        starts, ends, masks = (
-            per_condition(name, value, count)
-            for name, value in (
-                ("ip_adapter_start", ip_adapter_start),
-                ("ip_adapter_end", ip_adapter_end),
-                ("ip_adapter_mask", ip_adapter_mask),
-            )
-        )
+        if ip_adapter_image is not None and not count:
+            raise ValueError("ip_adapter_image is given and no IP-Adapter is loaded: call pipe.load_ip_adapter first")
+        starts, ends = per_condition("ip_adapter_start", ip_adapter_start, count), per_condition("ip_adapter_end", ip_adapter_end, count)
         if ip_adapter_image is not None:
             options["ip_adapter_image"] = ip_adapter_image
-            if any(mask is not EVERYWHERE for mask in masks):
-                shown = ip_adapter_image if count > 1 else [ip_adapter_image]
-                regions = [self._masks(mask, pictures) for mask, pictures in zip(masks, shown, strict=True)]
-                options["cross_attention_kwargs"] = (options.get("cross_attention_kwargs") or {}) | {"ip_adapter_masks": regions}
+        if ip_adapter_mask is not EVERYWHERE:
+            masks = self._regions(per_condition("ip_adapter_mask", ip_adapter_mask, count), options)
+            options["cross_attention_kwargs"] = (options.get("cross_attention_kwargs") or {}) | {"ip_adapter_masks": masks}
         pipe: Any = stock(**components, requires_safety_checker=self.config.requires_safety_checker)  # on the same networks
         pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         try:
@@ -250,14 +245,14 @@ class ControlledPipeline(StableDiffusionPipeline):
         """(1, 1, H, W) a mask with its greys."""
         return None if mask is EVERYWHERE else self._greys().preprocess(mask)
 
-    def _masks(self, mask: Any, pictures: Any) -> Tensor:
-        """(1, P, H, W) the masks of an IP-Adapter that is shown P pictures."""
-        if mask is EVERYWHERE:
-            count = len(pictures) if isinstance(pictures, list) else 1
-            side = self.unet.config.sample_size * self.vae_scale_factor
-            return torch.ones(1, count, side, side)
-        masks = self._greys().preprocess(mask)
-        return masks.reshape(1, masks.shape[0], *masks.shape[-2:])
+    def _regions(self, masks: list[Any], shown: dict[str, Any]) -> list[Tensor]:
+        """(1, P, H, W) for each IP-Adapter: where each of the P pictures acts that it is shown."""
+        images, embeds = shown.get("ip_adapter_image"), shown.get("ip_adapter_image_embeds")
+        images = images if isinstance(images, list) else [images]
+        given = [self._greys().preprocess(mask) if mask is not EVERYWHERE else None for mask in masks]
+        size = next((mask.shape[-2:] for mask in given if mask is not None), (1, 1))
+        counts = [each.shape[1] for each in embeds] if embeds else [len(each) if isinstance(each, list) else 1 for each in images]
+        return [torch.ones(1, n, *size) if mask is None else mask.transpose(0, 1) for n, mask in zip(counts, given, strict=True)]
 
     def _greys(self) -> VaeImageProcessor:
         return VaeImageProcessor(self.vae_scale_factor, do_normalize=False, do_convert_grayscale=True)

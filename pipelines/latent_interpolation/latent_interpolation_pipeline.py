@@ -1,19 +1,20 @@
-"""Pictures between two prompts and two noises of a Stable Diffusion model, or between two given pictures: a grid and a looping GIF."""
+"""Pictures between two prompts, noises or given pictures of a Stable Diffusion model; the noise of a given picture, and edits of it."""
 
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+FLOAT32 = 2e-7  # relative; nearer than that two float32 vectors hardly come
 PARALLEL = 1e-4  # radians; below it a circle is a straight line to float32
 OPPOSITE = math.pi - 1e-3  # beyond it the way round is a matter of rounding
 
@@ -156,6 +157,103 @@ class LatentInterpolationPipeline(StableDiffusionPipeline):
         ways = (slerp(a.flatten(1), b.flatten(1), t).reshape(a.shape) for t in _fractions(num_columns))
         return Interpolation([self.decode(latents) for latents in ways], num_columns)
 
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Image.Image | Tensor,
+        prompt: str = "",
+        *,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        num_iterations: int = 20,
+    ) -> Tensor:
+        """(1, C, h, w) the noise from which this pipeline draws ``image`` with these very options: DDIM backwards.
+
+        A DDIM step is x' = a x + b out(x, t). Going back, x' is known and x is the fixed point of (x' - b out(x, t)) / a, which
+        is iterated. One iteration is the usual DDIM inversion, which takes out(x', t) for out(x, t).
+
+        Args:
+            image: a picture, or latents as ``encode`` returns them.
+            strength: in (0, 1], the part of the run that is taken back; below 1 the outcome is a noisy picture, for ``edit``.
+            num_iterations: network calls per step, at most: fewer where x no longer moves.
+
+        Source: Song et al. 2020 (arXiv:2010.02502); the iteration is that of Pan et al. 2023 (arXiv:2309.04907).
+
+        Raises:
+            ValueError: a scheduler that is not a plain DDIM, or numbers out of range.
+        """
+        x = self.encode(image) if isinstance(image, Image.Image) else image
+        predict = self._predictor(prompt, guidance_scale, negative_prompt)
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations={num_iterations} must be at least 1")
+        for t in reversed(self._times(num_inference_steps, strength)):
+            a, b = _coefficients(self.scheduler, t)
+            goal = x
+            for _ in range(num_iterations):
+                x, before = (goal - b * predict(x, t)) / a, x
+                if (x - before).norm() <= FLOAT32 * x.norm():
+                    break
+        return x
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Image.Image,
+        prompt: str,
+        *,
+        source_prompt: str = "",
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        source_guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        num_iterations: int = 20,
+    ) -> Image.Image:
+        """``image`` as ``prompt`` has it: inverted with ``source_prompt``, which says what it shows, and drawn again.
+
+        With both prompts and scales equal it is the autoencoder's own picture of it, as exactly as the inversion is. Smaller
+        ``strength`` keeps more of the picture; see ``invert`` for the other options.
+
+        Raises:
+            ValueError: see ``invert``.
+        """
+        options: dict[str, Any] = {"strength": strength, "num_inference_steps": num_inference_steps, "negative_prompt": negative_prompt}
+        x = self.invert(image, source_prompt, guidance_scale=source_guidance_scale, num_iterations=num_iterations, **options)
+        predict = self._predictor(prompt, guidance_scale, negative_prompt)
+        for t in self._times(num_inference_steps, strength):
+            x = self.scheduler.step(predict(x, t), t, x).prev_sample
+        return self.decode(x)
+
+    def _times(self, num_inference_steps: int, strength: float) -> Tensor:
+        """The last part of a run, at least one call."""
+        scheduler = self.scheduler
+        if not isinstance(scheduler, DDIMScheduler) or scheduler.config.clip_sample or scheduler.config.thresholding:
+            raise ValueError(
+                f"{type(scheduler).__name__} cannot be inverted; set pipe.scheduler = DDIMScheduler.from_config("
+                'pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, thresholding=False)'
+            )
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength} must be above 0 and at most 1")
+        scheduler.set_timesteps(num_inference_steps, self._execution_device)
+        return scheduler.timesteps[-max(1, round(strength * num_inference_steps)) :]
+
+    def _predictor(self, prompt: str, guidance_scale: float, negative_prompt: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, t) -> what the network predicts under guidance, computed as ``StableDiffusionPipeline`` does."""
+        guided = guidance_scale > 1
+        condition, uncondition = self.encode_prompt(prompt, self._execution_device, 1, guided, negative_prompt)
+        both = torch.cat([uncondition, condition]) if guided else condition
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            out = self.unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=both, return_dict=False)[0]
+            if not guided:
+                return out
+            without, out = out.chunk(2)
+            return without + guidance_scale * (out - without)
+
+        return predict
+
     def _noises(self, seed: Sequence[int], height: int | None, width: int | None) -> tuple[Tensor, Tensor]:
         if isinstance(seed, int) or len(seed) != 2:
             raise ValueError(f"seed={seed!r} must be two whole numbers, such as (0, 1); num_columns=1 keeps to the first")
@@ -178,6 +276,12 @@ class LatentInterpolationPipeline(StableDiffusionPipeline):
         """The text of ``model_index.json``."""
         index = json.loads(super().to_json_string()) | {"_class_name": [Path(__file__).stem, type(self).__name__]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _coefficients(scheduler: DDIMScheduler, t: Tensor) -> tuple[float, float]:
+    """(a, b) of the step x' = a x + b out, read off it: all kinds of prediction are affine."""
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    return tuple(scheduler.step(out, t, x).prev_sample.item() for x, out in ((one, zero), (zero, one)))
 
 
 def _fractions(count: int) -> list[float]:
