@@ -187,12 +187,14 @@ class ControlledPipeline(StableDiffusionPipeline):
             masks = [self._mask(mask) for mask in per_condition("control_mask", control_mask, len(nets))]
             components["controlnet"] = RegionalControlNets(nets, masks)
             told = {
-                "image" if image is None else "control_image": control_image,
+                "control_image": control_image,
                 "controlnet_conditioning_scale": controlnet_conditioning_scale,
                 "control_guidance_start": control_guidance_start,
                 "control_guidance_end": control_guidance_end,
             }
             options |= {name: per_condition(name, value, len(nets)) for name, value in told.items()}
+            if image is None:  # where the pipeline of Diffusers has another name for it
+                options["image"] = options.pop("control_image")
         processors = [p for p in self.unet.attn_processors.values() if isinstance(p, IPAdapterAttnProcessor | IPAdapterAttnProcessor2_0)]
         before = [list(processor.scale) for processor in processors]
         count = len(before[0]) if before else 0

@@ -36,7 +36,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=str(EMBEDDED))
     parser.add_argument("--picture", default=str(HERE / "picture.png"))
     parser.add_argument("--source-prompt", default="green apple", help="what the picture shows")
-    parser.add_argument("--prompt", nargs="+", default=["green apple on blue", "red apple on pink", "pear"], help="of each edit")
+    parser.add_argument("--prompt", nargs="+", default=["green apple on blue", "red apple on pink", "tomato"], help="of each edit")
     parser.add_argument("--strength", type=float, default=0.7)
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the edits; the inversion has none")
     parser.add_argument("--num-inference-steps", type=int, default=20)
