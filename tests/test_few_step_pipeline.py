@@ -113,6 +113,7 @@ def test_the_calls_in_the_card(few):
     few.scheduler = SCHEDULERS["DDIM"](few.scheduler.config)
     stock = twin(diffusers.StableDiffusionImg2ImgPipeline, few)
     rows = [re.findall(r"[\d., ]+(?= \|)", line) for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert [len(row) for row in rows] == [6, 6, 6]
     for asked, theirs, ours in zip(*rows, strict=True):
         n, strength = int(asked.split(",")[0]), float(asked.split(",")[1])
         assert calls_of(stock, image=picture(0), num_inference_steps=n, strength=strength) == int(theirs)

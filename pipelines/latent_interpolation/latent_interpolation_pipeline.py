@@ -172,7 +172,7 @@ class LatentInterpolationPipeline(StableDiffusionPipeline):
         """(1, C, h, w) the noise from which this pipeline draws ``image`` with these very options: DDIM backwards.
 
         A DDIM step is x' = a x + b out(x, t). Going back, x' is known and x is the fixed point of (x' - b out(x, t)) / a, which
-        is iterated. One iteration is the usual DDIM inversion, which takes out(x', t) for out(x, t).
+        is iterated, with Anderson's acceleration. One iteration is the usual DDIM inversion: out(x', t) in place of out(x, t).
 
         Args:
             image: a picture, or latents as ``encode`` returns them.
@@ -191,10 +191,7 @@ class LatentInterpolationPipeline(StableDiffusionPipeline):
         for t in reversed(self._times(num_inference_steps, strength)):
             a, b = _coefficients(self.scheduler, t)
             goal = x
-            for _ in range(num_iterations):
-                x, before = (goal - b * predict(x, t)) / a, x
-                if (x - before).norm() <= FLOAT32 * x.norm():
-                    break
+            x = _fixed_point(lambda x, t=t, a=a, b=b, goal=goal: (goal - b * predict(x, t)) / a, goal, num_iterations)
         return x
 
     @torch.no_grad()
@@ -276,6 +273,25 @@ class LatentInterpolationPipeline(StableDiffusionPipeline):
         """The text of ``model_index.json``."""
         index = json.loads(super().to_json_string()) | {"_class_name": [Path(__file__).stem, type(self).__name__]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _fixed_point(step: Callable[[Tensor], Tensor], x: Tensor, num_iterations: int) -> Tensor:
+    """Where ``step`` no longer moves ``x``, or ``num_iterations`` steps from it, each but the first led by the one before.
+
+    Source: Anderson acceleration with a memory of one (Walker and Ni 2011, doi:10.1137/10078356X, section 2).
+    """
+    reached_before = moved_before = None
+    for _ in range(num_iterations):
+        reached = step(x)
+        moved = reached - x
+        if moved.norm() <= FLOAT32 * reached.norm():
+            return reached
+        x = reached
+        if reached_before is not None and moved_before is not None:
+            turn = moved - moved_before
+            x = reached - (moved * turn).sum() / (turn * turn).sum() * (reached - reached_before)
+        reached_before, moved_before = reached, moved
+    return x
 
 
 def _coefficients(scheduler: DDIMScheduler, t: Tensor) -> tuple[float, float]:
