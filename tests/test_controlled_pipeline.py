@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor
 
 from diffx.loading import EMBEDDED
 from diffx.testing import IMAGE_SIZE, tiny_controlnet, tiny_stable_diffusion
-from diffx.testing.parts import WIDTH, quiet
+from diffx.testing.parts import WIDTH, quiet, weights_from
 
 FOLDER = EMBEDDED.parents[2] / "pipelines" / "controlled"
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -185,6 +185,17 @@ def test_hard_masks_are_those_of_diffusers(pipe, strength):
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "strength": strength}
     want = run(twin(diffusers.StableDiffusionInpaintPipeline, pipe), picture(4), LEFT, **size)
     assert torch.equal(run(pipe, picture(4), LEFT, **size), want)
+
+
+def test_a_network_made_for_inpainting_is_served_as_by_diffusers(cls):
+    components = tiny_stable_diffusion().components
+    with weights_from(0):
+        components["unet"] = diffusers.UNet2DConditionModel.from_config({**components["unet"].config, "in_channels": 9}).eval()
+    nine, size = quiet(cls(**components, requires_safety_checker=False)), {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    grey = Image.blend(LEFT, WHITE, 0.3)  # rounded to black and white
+    assert torch.equal(
+        run(nine, picture(4), grey, **size), run(twin(diffusers.StableDiffusionInpaintPipeline, nine), picture(4), grey, **size)
+    )
 
 
 def test_a_soft_mask_keeps_black_exactly_and_frees_grey_later(pipe):

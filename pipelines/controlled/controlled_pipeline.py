@@ -17,13 +17,14 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 EVERYWHERE = None  # a mask that is not there
+IP_ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
 
 
 class RegionalControlNets(MultiControlNetModel):
@@ -195,7 +196,7 @@ class ControlledPipeline(StableDiffusionPipeline):
             options |= {name: per_condition(name, value, len(nets)) for name, value in told.items()}
             if image is None:  # where the pipeline of Diffusers has another name for it
                 options["image"] = options.pop("control_image")
-        processors = [p for p in self.unet.attn_processors.values() if isinstance(p, IPAdapterAttnProcessor | IPAdapterAttnProcessor2_0)]
+        processors = [p for p in self.unet.attn_processors.values() if isinstance(p, IP_ADAPTERS)]
         before = [list(processor.scale) for processor in processors]
         count = len(before[0]) if before else 0
         if ip_adapter_image is not None and not count:
