@@ -142,21 +142,22 @@ def test_the_noise_of_a_picture_draws_it_again(pipe, apple, guidance_scale):
     prompt, picture = apple
     latents, options = pipe.encode(picture), dict(num_inference_steps=20, guidance_scale=guidance_scale)
     usual, exact = (
-        error(redrawn(pipe, pipe.invert(picture, prompt, num_iterations=n, **options), prompt, **options), latents) for n in (1, 30)
+        error(redrawn(pipe, pipe.invert(picture, prompt, num_iterations=n, **options), prompt, **options), latents) for n in (1, 20)
     )
-    # The usual inversion is off by percents; what is left here is the slow convergence of the first, noisiest steps.
-    assert usual > 0.02 and exact < 2e-3
+    # The usual inversion is off by 5 and 7 percent. What is left is the step next to the picture, which converges slowly
+    # since no network made the picture: 1.6e-3 and 5e-4 measured.
+    assert usual > 0.04 and exact < 3e-3
 
 
 def test_the_loop_closes_to_float32_where_steps_are_small(pipe, apple):
     prompt, picture = apple
-    latents, few = pipe.encode(picture), dict(num_inference_steps=20, strength=0.5)
+    latents, few = pipe.encode(picture), dict(num_inference_steps=40, strength=0.5)
     noise = pipe.invert(picture, prompt, **few, num_iterations=100)
     x, predict = noise, pipe._predictor(prompt, 1.0, None)
     with torch.no_grad():
         for t in pipe._times(**few):
             x = pipe.scheduler.step(predict(x, t), t, x).prev_sample
-    assert error(x, latents) < 2e-5  # ten steps, each met to 2e-7 and amplified on the way down
+    assert error(x, latents) < 2e-6  # each of twenty steps is met to 2e-7
     assert error(noise, latents) > 0.5
 
 
