@@ -161,6 +161,14 @@ def test_the_loop_closes_to_float32_where_steps_are_small(pipe, apple):
     assert error(noise, latents) > 0.5
 
 
+def test_fixed_points_of_lines_are_found_at_once_and_none_is_no_trouble(pipe):
+    fixed_point = sys.modules[type(pipe).__module__]._fixed_point
+    one = torch.ones(1, dtype=torch.float64)
+    for slope in (0.5, -0.99, -3.0):  # the last is one that plain iteration runs away from
+        assert abs(fixed_point(lambda x, slope=slope: slope * x + 2, one, 4).item() - 2 / (1 - slope)) < 1e-12
+    assert fixed_point(lambda x: x + 1, one, 4).item() == 5
+
+
 def test_one_iteration_is_the_usual_ddim_inversion(pipe, apple):
     x, prompt = pipe.encode(apple[1]), apple[0]
     predict = pipe._predictor(prompt, 1.0, None)

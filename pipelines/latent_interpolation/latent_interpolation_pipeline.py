@@ -278,7 +278,7 @@ class LatentInterpolationPipeline(StableDiffusionPipeline):
 def _fixed_point(step: Callable[[Tensor], Tensor], x: Tensor, num_iterations: int) -> Tensor:
     """Where ``step`` no longer moves ``x``, or ``num_iterations`` steps from it, each but the first led by the one before.
 
-    Source: Anderson acceleration with a memory of one (Walker and Ni 2011, doi:10.1137/10078356X, section 2).
+    Source: Anderson acceleration with a memory of one (Walker and Ni 2011, doi:10.1137/10078356X).
     """
     reached_before = moved_before = None
     for _ in range(num_iterations):
@@ -289,7 +289,8 @@ def _fixed_point(step: Callable[[Tensor], Tensor], x: Tensor, num_iterations: in
         x = reached
         if reached_before is not None and moved_before is not None:
             turn = moved - moved_before
-            x = reached - (moved * turn).sum() / (turn * turn).sum() * (reached - reached_before)
+            if turn.any():  # else nothing is learned, as where half precision goes round in a circle
+                x = reached - (moved * turn).sum() / (turn * turn).sum() * (reached - reached_before)
         reached_before, moved_before = reached, moved
     return x
 
