@@ -1,8 +1,11 @@
 """One thread, no network, no progress bars: set before anything imports torch or the Hugging Face libraries."""
 
 import os
+import tempfile
 
 os.environ |= {
+    # Diffusers copies each local custom pipeline into one place, which another worker may be reading: every process has its own.
+    "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="diffx-modules-"),
     "OMP_NUM_THREADS": "1",  # the models are small: a second thread costs more than it brings, and sums depend on the count
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -14,6 +17,7 @@ os.environ |= {
 }
 os.environ.pop("DIFFX_DEBUG", None)
 
+import shutil
 import socket
 
 import diffusers.utils.logging
@@ -36,6 +40,10 @@ def _connect_to_loopback(self, address):
 
 
 socket.socket.connect = _connect_to_loopback
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
