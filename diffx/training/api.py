@@ -87,7 +87,7 @@ def distill(
             has its own pictures; see ``DataConfig``.
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
             the rank, ``lora_targets`` ends of the names of their layers (None: the family's), ``lora_start`` the folder of a LoRA of
-            that kind to begin with, such as an earlier run's.
+            that kind to begin with, such as an earlier run's, or "emoji_progressive_4".
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
             the best checkpoint is the result.
         sample_prompts: of the sample sheets.
