@@ -59,6 +59,7 @@ def test_a_run_with_other_settings_is_refused_by_what_differs(tmp_path):
         ((diffx.LCM(), ["one"]), {}, "is no training method"),
         ((diffx.objectives.Diffusion(), ["one"]), {}, "Diffusion has no teacher"),
         ((METHOD, ["one"]), dict(lora_alpha=4.0), "lora_alpha=4.0 without lora_rank"),
+        ((METHOD, ["one"]), dict(lora_rank=8, lora_start="emoji_progresive_4"), "lora_start='emoji_progresive_4' is not there"),
         ((METHOD, ["one"]), dict(batch_size=0), "batch_size=0 must be at least 1"),
     ],
 )

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from ..calibration.problem import sketch
 from ..conditioning.adapter import AdaptedFamily, Adapter
 from ..families import Family, family_of
-from ..loading import load_pipeline
+from ..loading import EMBEDDED_SAMPLERS, load_pipeline
 from ..objectives.diffusion import Diffusion
 from ..objectives.objective import Inference, Objective
 from .adherence import Adherence, hold_out
@@ -172,13 +172,15 @@ def make_lora(
     """The adapters that are asked for.
 
     Raises:
-        ValueError: an option of adapters without a rank.
+        ValueError: an option of adapters without a rank, or ``start`` is not there.
     """
     if rank is None:
         for name, value in (("lora_alpha", alpha), ("lora_targets", targets), ("lora_start", start)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} without lora_rank, which says that adapters are trained at all")
         return None
+    if start is not None and str(start) not in EMBEDDED_SAMPLERS and not Path(start).exists():
+        raise ValueError(f"lora_start={str(start)!r} is not there; give the folder of a LoRA, or 'emoji_progressive_4', the package's own")
     return Lora(rank=rank, alpha=alpha, targets=targets, start=None if start is None else str(start))
 
 
