@@ -91,18 +91,18 @@ def test_few_steps(tmp_path):
 SENTENCES = (
     "a picture and its own colours: 0.0;",
     "detached, the same pictures: True",
-    "guide(CFG(12)) draws what the pipeline does: True",
+    "guide(CFG(3)) draws what the pipeline does: True",
 )
-GAINS = r"(?m)^(without|with|guidance \d+|APG \d+) +to its own .* gain +(\S+)$"
+GAINS = r"(?m)^(without|with|guidance \d|below sigma 1) +to its own .* gain +(\S+)$"
 
 
 def test_conditions(tmp_path):
-    shorter = ("train_steps, evaluate_every = 600, 100", "train_steps, evaluate_every = 8, 8")  # in which nothing can be learned
+    shorter = ("train_steps, evaluate_every = 900, 150", "train_steps, evaluate_every = 8, 8")  # in which nothing can be learned
     printed, pictures = executed("conditions", tmp_path, shorter)
     assert all(sentence in printed for sentence in SENTENCES)
     assert pictures == 7
     gains = figures(GAINS, printed)
-    assert gains.keys() == {"without", "with", "guidance 3", "guidance 12", "APG 12"} and gains["with"] == gains["guidance 3"]
+    assert gains.keys() == {"without", "with", "guidance 1", "guidance 3", "below sigma 1"} and gains["with"] == gains["guidance 1"]
     assert abs(gains["with"] - gains["without"]) < 1  # 0.0 when this was written: the ControlNet begins as nothing
 
 
@@ -110,10 +110,10 @@ def test_conditions(tmp_path):
 def test_conditions_are_followed(tmp_path):
     printed, _ = executed("conditions", tmp_path)
     assert all(sentence in printed for sentence in SENTENCES)
-    gains, blue = figures(GAINS, printed), figures(r"(\w+) edge: .* blue (\d+)", printed)
-    reds = figures(r"(\w+) edge: red (\d+)", printed)
-    assert gains["with"] > gains["without"] + 3
-    assert reds["left"] - blue["left"] > 10 > reds["right"] - blue["right"]
+    gains, reds, blues = (figures(names, printed) for names in (GAINS, r"(\w+) edge: red (\d+)", r"(\w+) edge: .* blue (\d+)"))
+    # Measured: 24 beside 9 without, and 18 with guidance; yellow has more red than blue, and blue less.
+    assert gains["with"] > gains["without"] + 7 and gains["with"] > gains["below sigma 1"] > gains["guidance 3"]
+    assert reds["left"] - blues["left"] > 15 and reds["right"] - blues["right"] < -10
 
 
 def test_every_notebook_is_tested():
