@@ -111,7 +111,7 @@ def test_conditions_are_followed(tmp_path):
     printed, _ = executed("conditions", tmp_path)
     assert all(sentence in printed for sentence in SENTENCES)
     gains, reds, blues = (figures(names, printed) for names in (GAINS, r"(\w+) edge: red (\d+)", r"(\w+) edge: .* blue (\d+)"))
-    # Measured: 24 beside 9 without, and 18 with guidance; yellow has more red than blue, and blue less.
+    # Measured: 24 beside 8 without, and 18 with guidance; yellow has more red than blue, and blue less.
     assert gains["with"] > gains["without"] + 7 and gains["with"] > gains["below sigma 1"] > gains["guidance 3"]
     assert reds["left"] - blues["left"] > 15 and reds["right"] - blues["right"] < -10
 
