@@ -103,7 +103,7 @@ def test_conditions(tmp_path):
     assert pictures == 7
     gains = figures(GAINS, printed)
     assert gains.keys() == {"without", "with", "guidance 1", "guidance 3", "below sigma 1"} and gains["with"] == gains["guidance 1"]
-    assert abs(gains["with"] - gains["without"]) < 1  # 0.0 when this was written: the ControlNet begins as nothing
+    assert abs(gains["with"] - gains["without"]) < 1  # a ControlNet begins as nothing, and 8 updates leave it nearly that
 
 
 @pytest.mark.slow
