@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from ..calibration.problem import sketch
 from ..conditioning.adapter import AdaptedFamily, Adapter
 from ..families import Family, family_of
-from ..loading import load_pipeline
+from ..loading import EMBEDDED_SAMPLERS, load_pipeline
 from ..objectives.diffusion import Diffusion
 from ..objectives.objective import Inference, Objective
 from .adherence import Adherence, hold_out
@@ -97,7 +97,7 @@ def distill(
             has its own pictures; see ``DataConfig``.
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
             the rank, ``lora_targets`` ends of the names of their layers (None: the family's), ``lora_start`` the folder of a LoRA of
-            that kind to begin with, such as an earlier run's.
+            that kind to begin with, such as an earlier run's, or "emoji_progressive_4".
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
             the best checkpoint is the result.
         sample_prompts: of the sample sheets.
@@ -182,13 +182,15 @@ def make_lora(
     """The adapters that are asked for.
 
     Raises:
-        ValueError: an option of adapters without a rank.
+        ValueError: an option of adapters without a rank, or ``start`` is not there.
     """
     if rank is None:
         for name, value in (("lora_alpha", alpha), ("lora_targets", targets), ("lora_start", start)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} without lora_rank, which says that adapters are trained at all")
         return None
+    if start is not None and str(start) not in EMBEDDED_SAMPLERS and not Path(start).exists():
+        raise ValueError(f"lora_start={str(start)!r} is not there; give the folder of a LoRA, or 'emoji_progressive_4', the package's own")
     return Lora(rank=rank, alpha=alpha, targets=targets, start=None if start is None else str(start))
 
 
