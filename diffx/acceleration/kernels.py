@@ -33,7 +33,7 @@ from torch import Tensor
 AUTO = "auto"
 NATIVE = AttentionBackendName.NATIVE.value
 KERNELS = tuple(sorted(kernel.value for kernel in AttentionBackendName))
-# From this compute capability on; each from the makers' own figures, none measured by us.
+# From this compute capability on; our judgement, not measured.
 _AUTO = (
     ((12, 0), ("flash", "xformers")),
     ((10, 0), ("_native_cudnn", "flash", "xformers")),
