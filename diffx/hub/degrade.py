@@ -202,6 +202,8 @@ def _made(cls: Any, config: Mapping[str, Any]) -> Any:
     by_sigmas = cls.__name__.startswith("FlowMatch")
     if not by_sigmas and any(given.get(key, default) != default for key, default in PROCESS.items() if key not in init):
         return None
+    if cls is diffusers.EulerAncestralDiscreteScheduler and config.get("prediction_type") == "sample":
+        return None  # which it refuses at its first step only
     # Keys of other stock classes ride along for later swaps, where the class lets them.
     known = {key for each in cls._compatibles for key in inspect.signature(getattr(diffusers, each).__init__).parameters}
     try:
