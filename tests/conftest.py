@@ -18,28 +18,19 @@ os.environ |= {
 os.environ.pop("DIFFX_DEBUG", None)
 
 import shutil
-import socket
 
 import diffusers.utils.logging
 import pytest
 import torch
 import transformers.utils.logging
 
+from diffx.testing.loopback import only_loopback
+
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_connect = socket.socket.connect
-
-
-def _connect_to_loopback(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
-        raise AssertionError(f"a test tried to reach {address[0]!r}; tests know only this machine")
-    return _connect(self, address)
-
-
-socket.socket.connect = _connect_to_loopback
+only_loopback()
 
 
 def pytest_unconfigure():

@@ -62,7 +62,7 @@ def make_card(
         f"![Samples]({SAMPLES})" if drawn else "",
         f"## Use\n\n```python\n{snippet(made, repo_id, base, prompt)}\n```",
         f"## Measured\n\n{measured(made, report)}",
-        f"## Made\n\n{_training(made)}" if made.described else "",
+        f"## Made\n\n{_training(made)}" if "train" in made.described else "",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
 

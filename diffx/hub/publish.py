@@ -5,18 +5,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..training.api import SHOWN
-from ..training.export import replacing
+from ..files import replacing
+from ..training.api import SHOWN, Trained
 from .artifact import SAMPLES, Artifact, artifact_of
 from .card import make_card
+from .degrade import save_pretrained
 
 CARD = "README.md"
 
@@ -74,12 +76,13 @@ def push_to_hub(
     Raises:
         ValueError: it cannot be published as it is, the licence or the base model is not known, or the Hub refused it.
     """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(source, DiffusionPipeline):
-            source = _saved(source, Path(scratch) / "saved")
-        made = _checked(getattr(source, "folder", source), repo_id, base_model, license, evaluation)
+            given = {"model": {"from": source.config.get("_name_or_path"), "pipeline": type(source).__name__}}
+            made = _checked(save_pretrained(source, Path(scratch) / "saved"), repo_id, base_model, license, evaluation)
+            made = replace(made, described=given)
+        else:
+            made = _checked(source.folder if isinstance(source, Trained) else source, repo_id, base_model, license, evaluation)
         folder = Path(scratch) / "repository"
         folder.mkdir()
         published = _gather(made, folder, repo_id, base_model, license, evaluation, token)
@@ -100,13 +103,6 @@ def push_to_hub(
                 "tries again. Where the Hub asks who you are: `hf auth login`, with a token that may write"
             ) from error
     return Published(published.repo_id, published.files, published.card, commit.pr_url or commit.commit_url)
-
-
-def _saved(pipe: Any, folder: Path) -> Path:
-    from .degrade import save_pretrained
-
-    save_pretrained(pipe, folder)
-    return folder
 
 
 def _checked(source: str | Path, repo_id: str, base_model: str | None, license: str | None, evaluation: Any) -> Artifact:
