@@ -8,10 +8,12 @@ import diffusers.pipelines
 
 if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from . import guidance, objectives
+    from .acceleration import set_attention
     from .calibration import calibrate
     from .conditioning.controlnets import ControlNet
     from .conditioning.ip_adapter import IPAdapter
     from .guidance import guide
+    from .hub import AutoScheduler, from_pretrained, push_to_hub, save_pretrained, upgrade
     from .schedulers import (
         DDIM,
         DDPM,
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Imported on first use, so that ``import diffx`` stays cheap.
 _PUBLIC = {
+    "AutoScheduler": "diffx.hub",
     "Calibrated": "diffx.schedulers",
     "ControlNet": "diffx.conditioning.controlnets",
     "IPAdapter": "diffx.conditioning.ip_adapter",
@@ -55,12 +58,18 @@ _PUBLIC = {
     "Trained": "diffx.training.api",
     "calibrate": "diffx.calibration",
     "distill": "diffx.training.api",
+    "from_pretrained": "diffx.hub",
     "guide": "diffx.guidance",
+    "push_to_hub": "diffx.hub",
+    "set_attention": "diffx.acceleration",
+    "save_pretrained": "diffx.hub",
     "train": "diffx.training.api",
+    "upgrade": "diffx.hub",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler", "EulerAncestral", "Heun",
-    "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill", "guidance", "guide", "objectives", "train",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "AutoScheduler", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler",
+    "EulerAncestral", "Heun", "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill",
+    "from_pretrained", "guidance", "guide", "objectives", "push_to_hub", "save_pretrained", "set_attention", "train", "upgrade",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

@@ -1,8 +1,11 @@
 """One thread, no network, no progress bars: set before anything imports torch or the Hugging Face libraries."""
 
 import os
+import tempfile
 
 os.environ |= {
+    # Diffusers copies each local custom pipeline into one place, which another worker may be reading: every process has its own.
+    "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="diffx-modules-"),
     "OMP_NUM_THREADS": "1",  # the models are small: a second thread costs more than it brings, and sums depend on the count
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -14,28 +17,24 @@ os.environ |= {
 }
 os.environ.pop("DIFFX_DEBUG", None)
 
-import socket
+import shutil
 
 import diffusers.utils.logging
 import pytest
 import torch
 import transformers.utils.logging
 
+from diffx.testing.loopback import only_loopback
+
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_connect = socket.socket.connect
+only_loopback()
 
 
-def _connect_to_loopback(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
-        raise AssertionError(f"a test tried to reach {address[0]!r}; tests know only this machine")
-    return _connect(self, address)
-
-
-socket.socket.connect = _connect_to_loopback
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import diffx
 from diffx.cli import app
 from diffx.cli.train import NAMES
 from diffx.families import family_of
+from diffx.loading import EMBEDDED_STUDENT, load_pipeline
 from diffx.objectives import DMD2, LCM, PCM, Progressive
 from diffx.testing import IMAGE_SIZE, tiny_flux, tiny_stable_diffusion
 from diffx.training.api import cost, fuse_loras, make_lora
@@ -58,6 +59,7 @@ def test_a_run_with_other_settings_is_refused_by_what_differs(tmp_path):
         ((diffx.LCM(), ["one"]), {}, "is no training method"),
         ((diffx.objectives.Diffusion(), ["one"]), {}, "Diffusion has no teacher"),
         ((METHOD, ["one"]), dict(lora_alpha=4.0), "lora_alpha=4.0 without lora_rank"),
+        ((METHOD, ["one"]), dict(lora_rank=8, lora_start="emoji_progresive_4"), "lora_start='emoji_progresive_4' is not there"),
         ((METHOD, ["one"]), dict(batch_size=0), "batch_size=0 must be at least 1"),
     ],
 )
@@ -82,6 +84,17 @@ def test_adapters_go_on_from_those_of_another_run(tmp_path):
             Networks(family_of(tiny_stable_diffusion()), METHOD, make_lora(rank, alpha, ["to_q"], start), size=(IMAGE_SIZE, IMAGE_SIZE))
     with pytest.raises(ValueError, match="holds no LoRA that Diffusers reads"):
         diffx.distill(tiny_stable_diffusion(), METHOD, pictures(), output=tmp_path / "x", lora_rank=2, lora_start=tmp_path, **SMALL)
+
+
+def test_adapters_go_on_from_the_shipped_student_by_its_name():
+    found = []
+    for start in ("emoji_progressive_4", EMBEDDED_STUDENT):
+        pipe: Any = load_pipeline(device="cpu")
+        Networks(family_of(pipe), METHOD, make_lora(8, start=start), size=(32, 32))
+        found.append({name: value for name, value in pipe.unet.state_dict().items() if ".student." in name})
+    one, two = found
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert any(value.any() for name, value in one.items() if "lora_B" in name)
 
 
 def with_lora(pipe, folder, *parts):

@@ -50,9 +50,9 @@ ROOT = Path(__file__).parent.parent
 SCALE = 3.0
 
 
-def with_ip_adapter():
+def with_ip_adapter(pipe=None):
     """Stable Diffusion with an IP-Adapter of random weights, put in by Diffusers' own loader."""
-    pipe = tiny_stable_diffusion()
+    pipe = pipe or tiny_stable_diffusion()
     rng = torch.Generator().manual_seed(1)
     tokens, embedded = 4, 12
 

@@ -1,8 +1,6 @@
-"""``pipelines/latent_interpolation``: loaded as Diffusers loads a custom pipeline, corners bit for bit those of the plain one."""
+"""``pipelines/latent_interpolation``: corners bit for bit those of the plain pipeline, inversion that closes the loop."""
 
-import ast
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 
+from diffx import glyphs
 from diffx.loading import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
@@ -40,21 +39,6 @@ def drawn(pipe):
 
 def pixels(image):
     return np.asarray(image, dtype=np.int16)
-
-
-def test_it_is_loaded_only_when_trusted(pipe):
-    assert type(pipe).__name__ == "LatentInterpolationPipeline" and isinstance(pipe, StableDiffusionPipeline)
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(EMBEDDED, custom_pipeline=str(FOLDER))
-
-
-def test_the_folder_stands_alone_with_one_pipeline_of_its_own_name():
-    tree = ast.parse((FOLDER / "pipeline.py").read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= {"torch", "diffusers", "PIL"} | sys.stdlib_module_names
-    pipelines = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and "Pipeline" in ast.unparse(node.bases)]
-    assert pipelines == ["LatentInterpolationPipeline"]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -136,6 +120,117 @@ def test_encoding_is_deterministic_and_between_starts_and_ends_there(pipe, drawn
         assert np.sqrt(np.mean((pixels(row.images[end]) - pixels(image)) ** 2.0)) < 16
 
 
+# inversion
+
+
+@pytest.fixture(scope="module")
+def apple():
+    """A real picture: a glyph, not what a network made."""
+    return "green apple", Image.fromarray(glyphs.Rendering(glyphs.names().index("green apple")).image())
+
+
+def redrawn(pipe, noise, prompt, **options):
+    return StableDiffusionPipeline.__call__(pipe, prompt, latents=noise, output_type="latent", **options).images
+
+
+def error(found, want):
+    return ((found - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+def test_the_noise_of_a_picture_draws_it_again(pipe, apple, guidance_scale):
+    prompt, picture = apple
+    latents, options = pipe.encode(picture), dict(num_inference_steps=20, guidance_scale=guidance_scale)
+    usual, exact = (
+        error(redrawn(pipe, pipe.invert(picture, prompt, num_iterations=n, **options), prompt, **options), latents) for n in (1, 20)
+    )
+    # The usual inversion is off by 5 and 7 percent. What is left is the step next to the picture, which converges slowly
+    # since no network made the picture: 1.6e-3 and 5e-4 measured.
+    assert usual > 0.04 and exact < 3e-3
+
+
+def test_the_loop_closes_to_float32_where_steps_are_small(pipe, apple):
+    prompt, picture = apple
+    latents, few = pipe.encode(picture), dict(num_inference_steps=40, strength=0.5)
+    noise = pipe.invert(picture, prompt, **few, num_iterations=100)
+    x, predict = noise, pipe._predictor(prompt, 1.0, None)
+    with torch.no_grad():
+        for t in pipe._times(**few):
+            x = pipe.scheduler.step(predict(x, t), t, x).prev_sample
+    assert error(x, latents) < 2e-6  # each of twenty steps is met to 2e-7
+    assert error(noise, latents) > 0.5
+
+
+def test_fixed_points_of_lines_are_found_at_once_and_none_is_no_trouble(pipe):
+    fixed_point = sys.modules[type(pipe).__module__]._fixed_point
+    one = torch.ones(1, dtype=torch.float64)
+    for slope in (0.5, -0.99, -3.0):  # the last is one that plain iteration runs away from
+        assert abs(fixed_point(lambda x, slope=slope: slope * x + 2, one, 4).item() - 2 / (1 - slope)) < 1e-12
+    assert fixed_point(lambda x: x + 1, one, 4).item() == 5
+
+
+def test_one_iteration_is_the_usual_ddim_inversion(pipe, apple):
+    x, prompt = pipe.encode(apple[1]), apple[0]
+    predict = pipe._predictor(prompt, 1.0, None)
+    pipe.scheduler.set_timesteps(5)
+    levels = pipe.scheduler.alphas_cumprod.double()
+    y = x.double()
+    gap = pipe.scheduler.config.num_train_timesteps // 5
+    for t in reversed(pipe.scheduler.timesteps):
+        before = levels[t - gap] if t >= gap else torch.tensor(1.0, dtype=torch.float64)
+        v = predict(y.float(), t).double()
+        # v prediction: x0 = alpha x - sigma v and eps = sigma x + alpha v, at t; solved for the x that leads to y
+        alpha, sigma, alpha_0, sigma_0 = levels[t].sqrt(), (1 - levels[t]).sqrt(), before.sqrt(), (1 - before).sqrt()
+        y = (y - (sigma_0 * alpha - alpha_0 * sigma) * v) / (alpha_0 * alpha + sigma_0 * sigma)
+    found = pipe.invert(x, prompt, num_inference_steps=5, num_iterations=1)
+    torch.testing.assert_close(found.double(), y, rtol=1e-4, atol=1e-4)  # five networks in float32, and float32 levels
+
+
+def test_an_edit_is_the_plain_pipelines_run_from_that_noise(pipe, apple):
+    prompt, picture = apple
+    options = dict(num_inference_steps=4, num_iterations=2)
+    noise = pipe.invert(picture, prompt, **options)
+    want = pipe.decode(redrawn(pipe, noise, "red apple on pink", num_inference_steps=4, guidance_scale=3.0))
+    found = pipe.edit(picture, "red apple on pink", source_prompt=prompt, guidance_scale=3.0, **options)
+    assert np.array_equal(pixels(found), pixels(want))
+    latents = pipe.encode(picture)
+    assert torch.equal(pipe.invert(latents, prompt, **options), noise)
+
+
+def test_less_strength_keeps_more_of_the_picture(pipe, apple):
+    prompt, picture = apple
+
+    def away(strength):
+        edited = pipe.edit(picture, "red apple on pink", source_prompt=prompt, strength=strength, num_inference_steps=8, num_iterations=3)
+        return np.abs(pixels(edited) - pixels(picture)).mean()
+
+    assert away(0.125) < away(0.5) < away(1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(strength=0.0), "strength=0.0 must be above 0 and at most 1"),
+        (dict(strength=1.5), "strength=1.5 must be above 0 and at most 1"),
+        (dict(num_iterations=0), "num_iterations=0 must be at least 1"),
+    ],
+)
+def test_bad_inversions_are_refused(pipe, apple, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.invert(apple[1], **given)
+
+
+def test_only_plain_ddim_is_inverted(pipe, apple):
+    before = pipe.scheduler
+    try:
+        for scheduler in (UniPCMultistepScheduler.from_config(before.config), DDIMScheduler.from_config(before.config, clip_sample=True)):
+            pipe.scheduler = scheduler
+            with pytest.raises(ValueError, match=rf"{type(scheduler).__name__} cannot be inverted; set pipe.scheduler = DDIMScheduler"):
+                pipe.invert(apple[1])
+    finally:
+        pipe.scheduler = before
+
+
 # input
 
 
@@ -170,13 +265,3 @@ def test_the_demo_writes_what_it_says(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("grid.png", "loop.gif"):
         assert str(tmp_path / "out" / name) in done.stdout and (tmp_path / "out" / name).stat().st_size > 500
-
-
-def test_the_card_runs_as_written(tmp_path, monkeypatch):
-    block = re.search(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL).group(1)
-    quick = block.replace("num_rows=5, num_columns=7, num_inference_steps=12", "num_rows=2, num_columns=2, num_inference_steps=2")
-    assert quick != block
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
-    exec(quick, {"model": str(EMBEDDED)})
-    assert (tmp_path / "grid.png").is_file() and (tmp_path / "loop.gif").is_file()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from . import calibrate, compare, env, evaluate, hints, plan, sample, train
+from . import attention, calibrate, compare, env, evaluate, hints, plan, publish, sample, train
 
 
 class Commands(TyperGroup):
@@ -45,6 +45,9 @@ app.command("evaluate")(evaluate.evaluate)
 app.add_typer(train.distill, name="distill")
 app.add_typer(train.train, name="train")
 app.command("hints")(hints.hints)
+app.command("export")(publish.export)
+app.command("push")(publish.push)
+app.command("attention")(attention.attention)
 app.command("env")(env.env)
 
 

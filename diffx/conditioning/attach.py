@@ -182,7 +182,8 @@ class _ReadyControl:
 
     def __init__(self, control: Control, network: Any) -> None:
         if not isinstance(control.net, ControlNetModel):
-            raise ValueError(f"net={type(control.net).__name__} is no ControlNetModel; give several as one Control each")
+            kind = type(control.net).__name__
+            raise ValueError(f"net={kind} is no ControlNetModel; load one with its from_pretrained, and give several as a Control each")
         self.condition, net = control, cast(Any, control.net)
         for name in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
             if (has := net.config[name]) != (needs := network.config[name]):

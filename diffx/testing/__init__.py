@@ -4,6 +4,8 @@ They are built from configurations alone (no network, no files), always with the
 Images are 16 x 16 pixels, latents 8 x 8 (VAE factor 2). Those that take prompts have real (tiny) text encoders, but AudioLDM2,
 which is called with embeddings.
 
+``LocalHub`` is a Hub on this machine, to push to and to pull from without a network.
+
 Example:
     >>> pipe = tiny_flux()
     >>> pipe.scheduler = diffx.UniPC.from_config(pipe.scheduler.config)
@@ -11,6 +13,7 @@ Example:
 """
 
 from .calls import call_inputs, denoise, end_of, sample_of
+from .hub import LocalHub
 from .parts import IMAGE_SIZE, MAX_TOKENS, WIDTH
 from .pipelines import (
     tiny_audioldm2,
@@ -31,6 +34,7 @@ __all__ = [
     "IMAGE_SIZE",
     "MAX_TOKENS",
     "WIDTH",
+    "LocalHub",
     "call_inputs",
     "denoise",
     "end_of",

@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType
 
 from ..calibration.problem import sketch
 from ..conditioning.adapter import AdaptedFamily, Adapter
 from ..families import Family, family_of
-from ..loading import load_pipeline
+from ..loading import EMBEDDED_SAMPLERS, load_pipeline
 from ..objectives.diffusion import Diffusion
 from ..objectives.objective import Inference, Objective
 from .adherence import Adherence, hold_out
@@ -28,8 +28,12 @@ from .networks import Lora, Networks
 from .pictures import picture_size
 from .run import Metric, Run
 
+if TYPE_CHECKING:
+    from ..hub.publish import Published
+
 SECTIONS = {"train": TrainConfig, "data": DataConfig}
 RENDERINGS = 3  # of each glyph of the embedded model
+SHOWN = "shown.png"  # in the folder of an adapter's run: what the first of its samples was shown
 HERE = ("cache",)  # options that say where something lies, not what it is
 
 
@@ -47,6 +51,12 @@ class Trained:
     folder: Path
     networks: Networks
     inference: Inference
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Published:
+        """Upload the result with a card; options and errors are those of ``diffx.push_to_hub``."""
+        from ..hub.publish import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def save_pretrained(self, folder: str | Path, *, form: Form | None = None, kohya: bool = False) -> Path:
         """Write the result for stock Diffusers: "full", "lora", "merged" or "adapter"; None is the smallest that it loads.
@@ -87,7 +97,7 @@ def distill(
             has its own pictures; see ``DataConfig``.
         lora_rank: train adapters of this rank; None trains the whole network. ``lora_alpha`` (None: the rank) is their factor times
             the rank, ``lora_targets`` ends of the names of their layers (None: the family's), ``lora_start`` the folder of a LoRA of
-            that kind to begin with, such as an earlier run's.
+            that kind to begin with, such as an earlier run's, or "emoji_progressive_4".
         metric: (stock pipeline, call arguments) -> a figure of which less is better; measured every ``evaluate_every`` steps, and
             the best checkpoint is the result.
         sample_prompts: of the sample sheets.
@@ -172,13 +182,15 @@ def make_lora(
     """The adapters that are asked for.
 
     Raises:
-        ValueError: an option of adapters without a rank.
+        ValueError: an option of adapters without a rank, or ``start`` is not there.
     """
     if rank is None:
         for name, value in (("lora_alpha", alpha), ("lora_targets", targets), ("lora_start", start)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} without lora_rank, which says that adapters are trained at all")
         return None
+    if start is not None and str(start) not in EMBEDDED_SAMPLERS and not Path(start).exists():
+        raise ValueError(f"lora_start={str(start)!r} is not there; give the folder of a LoRA, or 'emoji_progressive_4', the package's own")
     return Lora(rank=rank, alpha=alpha, targets=targets, start=None if start is None else str(start))
 
 
@@ -242,12 +254,14 @@ def _run(
     if isinstance(family, AdaptedFamily) and not _is_examples(data):
         data, held = hold_out(family, data, held_out, sections["data"])
         metric = Adherence(family, held, size, metric, seed=sections["data"].seed)
+        prompts = metric.texts
     examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
     nets = Networks(family, objective, lora, size=size)
     training = Training(nets, examples, config, accelerator)
     if report_to:
         accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
-    report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
+    with training.kernels:
+        report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
     if report_to:
         accelerator.end_training()
     for role, network in nets.modules.items():
@@ -257,6 +271,8 @@ def _run(
     trained = Trained(pipeline, call_kwargs, report, folder, nets, nets.objective.inference(family))
     if accelerator.is_main_process:
         trained.save_pretrained(folder / "model")
+        if isinstance(metric, Adherence):
+            metric.shown[0].save(folder / SHOWN)
     accelerator.wait_for_everyone()
     return trained
 

@@ -26,6 +26,7 @@ class TrainConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)  # decay per step of Adam's averages of the gradient and of its square
     grad_clip: float = 1.0  # maximum global L2 norm; inf switches it off
     mixed_precision: Precision = "no"  # "bf16" or "fp16" inside the networks' calls; weights and optimizers keep their own
+    attention: str | None = None  # kernel of attention calls: "auto", or Diffusers' name of one; None leaves each model's own
     gradient_checkpointing: bool = False  # less memory, a third more time
     seed: int = 0  # of noise, noise levels and the order of the data; given once, it is also that of its cuts and generated samples
     save_every: int = 500  # optimizer steps between checkpoints; the last step is always saved
@@ -41,6 +42,10 @@ class TrainConfig:
         for name, allowed in (("lr_schedule", Schedule), ("optimizer", Optimizer), ("mixed_precision", Precision)):
             if (value := getattr(self, name)) not in get_args(allowed):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(allowed))}")
+        if self.attention is not None:
+            from ..acceleration.kernels import check_known  # Diffusers takes seconds to import, and help needs the fields only
+
+            check_known(self.attention)
         if self.warmup_steps > self.train_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the run (train_steps={self.train_steps})")
         if not self.grad_clip > 0:

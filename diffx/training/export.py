@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..conditioning.adapter import AdaptedFamily
 from ..families import remade
+from ..files import replacing
 from ..loading import CALL_KWARGS
 from ..objectives.objective import Inference
 from .networks import Networks
@@ -157,7 +154,7 @@ def merged(nets: Networks) -> Any:
     return network
 
 
-# pipelines and folders
+# pipelines
 
 
 def in_full_precision(pipe: Any) -> Any:
@@ -171,26 +168,3 @@ def in_full_precision(pipe: Any) -> Any:
         name: copy.deepcopy(part).float() for name, part in encoders.items() if any(weight.dtype in half for weight in part.parameters())
     }
     return remade(pipe, **cast)
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside ``folder`` that takes its place in the end; where that fails, nothing has changed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    made, old = scratch / "new", scratch / "old"
-    try:
-        made.mkdir()
-        yield made
-        for file in made.rglob("*.safetensors"):
-            file.chmod(0o644)  # which safetensors writes for the user's eyes alone
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(made, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -13,12 +13,15 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 
+from ..acceleration import set_attention
 from ..families import Condition
 from ..objectives.objective import Batch, Moment, Objective
 from .config import TrainConfig
 from .draws import Draws, batch_order, hashed
 from .networks import Networks, placed_like, whole
 from .summed import summed
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what a mixed precision makes of attention calls
 
 
 class Examples(Protocol):
@@ -74,10 +77,16 @@ class Training:
         self.sums = nets.lora is not None and accelerator.mixed_precision == "no" and not in_parts
         self.step = 0
         self.stage_length = config.train_steps // self.objective.stages
+        networks = dict.fromkeys([*nets.modules.values(), *nets.family.frozen])
         if config.gradient_checkpointing:
-            for network in dict.fromkeys([*nets.modules.values(), *nets.family.frozen]):
+            for network in networks:
                 as_model: Any = network
                 as_model.enable_gradient_checkpointing()
+        self.kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if config.attention is not None:
+            named = {f"network {i}": network for i, network in enumerate(networks)}
+            calls: Any = {"device": accelerator.device, "dtype": AUTOCAST.get(accelerator.mixed_precision)}
+            self.kernels = set_attention(named, config.attention, **calls, training=True)
         self.optimizers = self._place()
 
     def _place(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import Condition, Family, batched, joined
+from ..loading import EMBEDDED_SAMPLERS
 from ..objectives.level import Level, Prediction, Times, from_output, guided
 from ..objectives.objective import Batch, Objective
 
@@ -24,7 +25,8 @@ TEACHER, STUDENT, TARGET = "teacher", "student", "target"
 class Lora:
     """Low-rank adapters: ``alpha`` (None: the rank) is the factor times the rank, ``targets`` (None: the family's) ends of layer names.
 
-    ``start`` is the folder of a LoRA of the same kind whose weights they begin with; None begins with a change of nothing.
+    ``start`` is the folder of a LoRA of the same kind whose weights they begin with, or "emoji_progressive_4"; None begins with a
+    change of nothing.
 
     Source: Hu et al. 2021 (arXiv:2106.09685) eq. 3.
     """
@@ -244,8 +246,9 @@ def saved_adapter(lora: Lora, network: Any, role: str, family: Family) -> dict[s
     from peft import get_peft_model_state_dict
 
     assert lora.start is not None
+    source = EMBEDDED_SAMPLERS.get(lora.start, lora.start)
     try:
-        loaded: Any = type(family.pipe).lora_state_dict(lora.start, return_lora_metadata=True, local_files_only=True)
+        loaded: Any = type(family.pipe).lora_state_dict(source, return_lora_metadata=True, local_files_only=True)
         state, config = loaded[0], loaded[-1] or {}
     except (OSError, ValueError) as error:
         raise ValueError(f"lora_start={lora.start!r} holds no LoRA that Diffusers reads ({error})") from error

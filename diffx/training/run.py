@@ -37,6 +37,7 @@ class Measured:
 
 Metric = Callable[[Any, Mapping[str, Any]], float | Measured]  # of (stock pipeline, call arguments); less is better
 KEPT = 2  # checkpoints besides the best
+REPORTED = 8  # prompts
 PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
 # What may differ at a resume: it changes no weight of any step.
 FREE = ("train.save_every", "train.evaluate_every", "train.patience", "model.from", "held_out")
@@ -59,7 +60,7 @@ class Run:
     Args:
         described: what identifies the run, in plain values by section; compared at a resume.
         metric: measured with the exported weights every ``evaluate_every`` steps; the best checkpoint is the result.
-        prompts: of the sample sheets.
+        prompts: of the sample sheets; the first few are in the report.
         from_start: measure before the first step, too.
     """
 
@@ -231,7 +232,9 @@ class Run:
         best = checkpoint.pointed(self.checkpoints, "best") if self.metric else None
         if best is not None and best.name != checkpoint.name_of(self.training.step):
             self._load(best)
-        report = {"train_steps": self.training.config.train_steps, "kept_step": self.training.step}
+        report: dict[str, Any] = {"train_steps": self.training.config.train_steps, "kept_step": self.training.step}
+        if self.prompts:
+            report["prompts"] = list(self.prompts[:REPORTED])
         if self.metric:
             report["metric"] = {str(step): value for step, value in sorted(self.measured.items())}
         if self.curve:
