@@ -363,7 +363,14 @@ def test_the_run_yaml_of_an_adapter_makes_it_again_bit_for_bit(tmp_path, encoder
     options = dict(train_steps=2, batch_size=2, lr=0.01, resolution=16, seed=3, device="cpu", cache=tmp_path / "cache")
     objective = Diffusion(ema_decay=0.5)
     diffx.train(
-        tmp_path / "model", adapters[name], pictures, objective=objective, held_out=few, output=tmp_path / "first", progress=False, **options
+        tmp_path / "model",
+        adapters[name],
+        pictures,
+        objective=objective,
+        held_out=few,
+        output=tmp_path / "first",
+        progress=False,
+        **options,
     )
     config = tmp_path / "first" / "run.yaml"
     words = ["train", name, "--config", config, "--device", "cpu", "--cache", tmp_path / "cache"]
