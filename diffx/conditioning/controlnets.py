@@ -53,8 +53,8 @@ class ControlNet(Adapter):
 
     def describe(self) -> dict[str, Any]:
         hint: Any = self.drawn_by()
-        name = self.hint if isinstance(self.hint, str) else hint.name  # controlnet-aux's have no options but in their calls
-        options = asdict(hint) if is_dataclass(hint) else {}
+        name = self.hint if isinstance(self.hint, str) else hint.name
+        options = asdict(hint) if is_dataclass(self.drawn_by()) else {}  # controlnet-aux's are none
         return {
             "name": type(self).__name__,
             "hint": {"name": name, **{name: value if isinstance(value, PLAIN) else str(value) for name, value in options.items()}},
