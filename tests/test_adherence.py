@@ -22,6 +22,7 @@ from diffx.families.family import REFERENCE
 from diffx.objectives import Diffusion
 from diffx.testing import tiny_stable_diffusion
 from diffx.training.adherence import Adherence, hold_out
+from diffx.training.api import with_own_network
 from diffx.training.cache import make_cache
 from diffx.training.curve import GAIN, moment
 from diffx.training.data import DataConfig
@@ -103,12 +104,12 @@ def test_references_are_embedded_once(tmp_path, encoders):
         assert torch.equal(found[0], found[1]) == (column is not None)
 
 
-def folder(root, column=True):
+def folder(root, column=True, count=4):
     root.mkdir()
-    for i in range(4):
+    for i in range(count):
         wide(i).save(root / f"{i}.png")
         ImageOps.invert(wide(i)).save(root / f"{i}-control.png")
-    lines = [{"file_name": f"{i}.png", "text": f"no {i}"} | ({"control": f"{i}-control.png"} if column else {}) for i in range(4)]
+    lines = [{"file_name": f"{i}.png", "text": f"no {i}"} | ({"control": f"{i}-control.png"} if column else {}) for i in range(count)]
     (root / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 
@@ -349,6 +350,16 @@ def refused_flag(*words):
     return result.output
 
 
+def test_an_ip_adapter_is_put_into_modules_of_its_own(encoders):
+    pipe = tiny_stable_diffusion()
+    processors = {name: type(each) for name, each in pipe.unet.attn_processors.items()}
+    for _ in range(2):  # one after another
+        made = with_own_network(pipe)
+        diffx.IPAdapter("plain", image_encoder=encoders / "clip").wrap(family_of(made))
+        assert made.unet.encoder_hid_proj is not None and made.unet.conv_in.weight is pipe.unet.conv_in.weight
+        assert pipe.unet.encoder_hid_proj is None and {name: type(each) for name, each in pipe.unet.attn_processors.items()} == processors
+
+
 # The run.yaml of a run as --config
 
 
@@ -359,7 +370,7 @@ def test_the_run_yaml_of_an_adapter_makes_it_again_bit_for_bit(tmp_path, encoder
         "controlnet": diffx.ControlNet(hints.get("tile", factor=2.0), hint_column="control"),  # no flag says the factor
         "ip-adapter": diffx.IPAdapter("plus", image_encoder=encoders / "clip", text_dropout=0.2),
     }
-    pictures, few = folder(tmp_path / "pictures"), folder(tmp_path / "few")
+    pictures, few = folder(tmp_path / "pictures"), folder(tmp_path / "few", count=2)
     options = dict(train_steps=2, batch_size=2, lr=0.01, resolution=16, seed=3, device="cpu", cache=tmp_path / "cache")
     objective = Diffusion(ema_decay=0.5)
     diffx.train(
@@ -385,6 +396,22 @@ def test_the_run_yaml_of_an_adapter_makes_it_again_bit_for_bit(tmp_path, encoder
     (tmp_path / "flags.yaml").write_text(shown)
     assert yaml.safe_load(shown)["seed"] == 4 and yaml.safe_load(shown)["held_out"] == str(few)
     assert good("train", name, "--config", tmp_path / "flags.yaml", "--dump-config") == shown
+
+
+class Plain(Hint):
+    """A hint that is no dataclass, as controlnet-aux's are."""
+
+    name: ClassVar[str] = "plain"
+    values: ClassVar = "colour"
+
+    draw = Itself.draw
+    distance = Itself.distance
+
+
+def test_a_hint_without_options_is_described_by_its_name():
+    assert diffx.ControlNet(Plain()).describe()["hint"] == {"name": "plain"}
+    model = hints.get("tile", factor=2.0)
+    assert diffx.ControlNet(model).describe()["hint"] == {"name": "tile", "factor": 2.0}
 
 
 def test_the_run_yaml_of_another_kind_is_refused(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 import torch
 import typer
 import yaml
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
-from training_parts import pipeline
+from training_parts import Pictures, pipeline
 from typer.testing import CliRunner
 
 import diffx
@@ -97,6 +98,41 @@ def test_adapters_go_on_from_the_shipped_student_by_its_name():
     assert any(value.any() for name, value in one.items() if "lora_B" in name)
 
 
+def outcome(pipe):
+    call = dict(num_inference_steps=2, height=IMAGE_SIZE, width=IMAGE_SIZE, output_type="pt")
+    return pipe("one", generator=torch.Generator().manual_seed(0), **call).images
+
+
+def test_the_pipeline_that_is_handed_in_keeps_its_network(tmp_path):
+    pipe = tiny_stable_diffusion()
+    layers, before = [(name, type(module)) for name, module in pipe.unet.named_modules()], outcome(pipe)
+    made = diffx.distill(pipe, METHOD, pictures(), lora_rank=2, lr=1e-2, gradient_checkpointing=True, output=tmp_path / "run", **SMALL)
+    assert [(name, type(module)) for name, module in pipe.unet.named_modules()] == layers
+    assert not pipe.unet.is_gradient_checkpointing and torch.equal(outcome(pipe), before)
+    assert not torch.equal(outcome(made.pipeline), before)
+    # The student is other modules on the same weights: memory holds one base.
+    assert made.pipeline.unet.conv_in.weight.data_ptr() == pipe.unet.conv_in.weight.data_ptr()
+
+
+def test_each_training_of_a_process_has_its_own_precision(tmp_path):
+    def trained(precision, name):
+        options = dict(train_steps=2, batch_size=4, lr=1e-2, mixed_precision=precision, progress=False, device="cpu")
+        made = diffx.train(pipeline(), diffx.objectives.Diffusion(), Pictures(), output=tmp_path / name, **options)
+        return made.pipeline.unet.state_dict()
+
+    mine = Accelerator(cpu=True)  # the caller's own
+    first, half, again = trained("no", "first"), trained("bf16", "half"), trained("no", "again")
+    assert mine.mixed_precision == "no" and Accelerator(cpu=True).mixed_precision == "no"
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], half[name]) for name in first)
+    with pytest.raises(ValueError, match="batch_size=3 does not divide"):  # and after a refusal, too
+        diffx.train(
+            pipeline(), diffx.objectives.Diffusion(), Pictures(), output=tmp_path / "x", batch_size=3, gradient_accumulation_steps=2,
+            mixed_precision="bf16", device="cpu",
+        )  # fmt: skip
+    assert mine.mixed_precision == "no"
+
+
 def with_lora(pipe, folder, *parts):
     """The pipeline with a LoRA loaded from a file, on some of its parts, acting at 0.7 of its strength."""
     layers, told = {}, {}
@@ -134,7 +170,7 @@ def test_a_teacher_with_a_lora_teaches_as_it_is(tmp_path, acts):
     assert torch.equal(expected, plain) != acts
     options = dict(output=tmp_path / "run", cache=tmp_path / "cache", **SMALL)
     made = diffx.distill(pipe, METHOD, pictures(), lr=1e-30, **options)  # a student that stays its teacher
-    assert made.networks.modules["teacher"] is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    assert made.networks.modules["teacher"].conv_in.weight is pipe.unet.conv_in.weight and not hasattr(pipe.unet, "peft_config")
     for each in (pipe, made.pipeline):
         # Of about 1, in float32: W x + B A x in another order.
         torch.testing.assert_close(said_of(each), expected, atol=1e-5, rtol=0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 
 from ..calibration.problem import sketch
 from ..conditioning.adapter import AdaptedFamily, Adapter
@@ -89,9 +92,9 @@ def distill(
     The same call goes on where an interrupted one stood, bit for bit.
 
     Args:
-        teacher: a pipeline, its folder or its Hub id; None is the embedded model. A pipeline that is handed in is used, not copied:
-            LoRAs that act in it teach, too, and are added to its weights for good, others are unloaded; a LoRA student's adapters
-            are put into its network.
+        teacher: a pipeline, its folder or its Hub id; None is the embedded model. The weights of a pipeline that is handed in are
+            used, not copied: LoRAs that act in it teach, too, and are added to its weights for good, others are unloaded. Nothing is
+            put into its network.
         method: of ``diffx.objectives``, such as ``Progressive(start=32, end=4)`` or ``LCM()``.
         data: a folder of pictures, a data set, a list of prompts, or None: the teacher makes the samples, and the embedded model
             has its own pictures; see ``DataConfig``.
@@ -139,8 +142,7 @@ def train(
     """``model`` trained on data: its network, a LoRA in it, or a ControlNet or IP-Adapter beside it; other arguments as in ``distill``.
 
     Adapters are measured on pictures that are kept from training: how much each sample follows what it was shown, less how much it
-    follows what others were shown; the best checkpoint by that, or by ``metric``, is the result. An IP-Adapter is put into the model's
-    network.
+    follows what others were shown; the best checkpoint by that, or by ``metric``, is the result.
 
     Args:
         trains: an objective trains the network, and None is ``Diffusion()``; ``ControlNet()`` or ``IPAdapter()`` train one, and the
@@ -236,45 +238,63 @@ def _run(
 ) -> Trained:  # fmt: skip
     sections, folder = split(options), Path(output)
     config: TrainConfig = sections["train"]
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, cpu=device == "cpu", log_with=list(report_to) or None, project_dir=str(folder)
-    )
-    check_whole(accelerator)
-    pipe = model if _is_pipeline(model) else load_pipeline(model, device="cpu")
-    fuse_loras(pipe)
-    pipe.to(accelerator.device)
-    family = adapter.wrap(family_of(pipe)) if adapter else family_of(pipe)
-    described = describe(model, family, objective, lora, data, sections, held_out)
-    size = picture_size(family, sections["data"].resolution)
-    shown = progress and accelerator.is_main_process
-    if data is None and model in (None, "emoji"):
-        data = embedded_pictures()
-    if adapter is None and sections["data"].num_held_out is not None:
-        raise ValueError("num_held_out is for adapters, which are measured on those pictures; networks are measured by a metric")
-    if isinstance(family, AdaptedFamily) and not _is_examples(data):
-        data, held = hold_out(family, data, held_out, sections["data"])
-        metric = Adherence(family, held, size, metric, seed=sections["data"].seed)
-        prompts = metric.texts
-    examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
-    nets = Networks(family, objective, lora, size=size)
-    training = Training(nets, examples, config, accelerator)
-    if report_to:
-        accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
-    with training.kernels:
-        report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
-    if report_to:
-        accelerator.end_training()
-    for role, network in nets.modules.items():
-        nets.modules[role] = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-    nets.release()
-    pipeline, call_kwargs = training.result()
-    trained = Trained(pipeline, call_kwargs, report, folder, nets, nets.objective.inference(family))
-    if accelerator.is_main_process:
-        trained.save_pretrained(folder / "model")
-        if isinstance(metric, Adherence):
-            metric.shown[0].save(folder / SHOWN)
-    accelerator.wait_for_everyone()
-    return trained
+    with precision(config.mixed_precision):
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, cpu=device == "cpu", log_with=list(report_to) or None, project_dir=str(folder)
+        )
+        check_whole(accelerator)
+        pipe = model if _is_pipeline(model) else load_pipeline(model, device="cpu")
+        fuse_loras(pipe)
+        pipe.to(accelerator.device)
+        pipe = pipe if pipe is not model else with_own_network(pipe)
+        family = adapter.wrap(family_of(pipe)) if adapter else family_of(pipe)
+        described = describe(model, family, objective, lora, data, sections, held_out)
+        size = picture_size(family, sections["data"].resolution)
+        shown = progress and accelerator.is_main_process
+        if data is None and model in (None, "emoji"):
+            data = embedded_pictures()
+        if adapter is None and sections["data"].num_held_out is not None:
+            raise ValueError("num_held_out is for adapters, which are measured on those pictures; networks are measured by a metric")
+        if isinstance(family, AdaptedFamily) and not _is_examples(data):
+            data, held = hold_out(family, data, held_out, sections["data"])
+            metric = Adherence(family, held, size, metric, seed=sections["data"].seed)
+            prompts = metric.texts
+        examples: Any = data if _is_examples(data) else make_cache(data, family, sections["data"], progress=shown)
+        nets = Networks(family, objective, lora, size=size)
+        training = Training(nets, examples, config, accelerator)
+        if report_to:
+            accelerator.init_trackers("diffx", config=json.loads(json.dumps(described)))
+        with training.kernels:
+            report = Run(training, folder, described, metric, prompts, progress, from_start=adapter is not None).go()
+        if report_to:
+            accelerator.end_training()
+        for role, network in nets.modules.items():
+            nets.modules[role] = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+        nets.release()
+        pipeline, call_kwargs = training.result()
+        trained = Trained(pipeline, call_kwargs, report, folder, nets, nets.objective.inference(family))
+        if accelerator.is_main_process:
+            trained.save_pretrained(folder / "model")
+            if isinstance(metric, Adherence):
+                metric.shown[0].save(folder / SHOWN)
+        accelerator.wait_for_everyone()
+        return trained
+
+
+@contextlib.contextmanager
+def precision(mixed_precision: str) -> Iterator[None]:
+    """Accelerate keeps one precision for a process; inside it is this one, and afterwards what it was."""
+    state = AcceleratorState._shared_state
+    before = dict(state)
+    if before.get("_mixed_precision") == mixed_precision:
+        yield
+        return
+    state.clear()
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
 
 
 def check_whole(accelerator: Accelerator) -> None:
@@ -294,6 +314,15 @@ def embedded_pictures() -> list[dict[str, Any]]:
     from .. import glyphs
 
     return [{"image": made.image(), "text": made.caption()} for made in glyphs.training_renderings(RENDERINGS, seed=0)]
+
+
+def with_own_network(pipe: Any) -> Any:
+    """The pipeline with other modules for a network, on the same weights: what training puts into them stays out of the caller's."""
+    made, name = copy.copy(pipe), family_of(pipe).network
+    network = getattr(pipe, name)
+    weights = {id(weight): weight for weight in (*network.parameters(), *network.buffers())}
+    setattr(made, name, copy.deepcopy(network, weights))
+    return made
 
 
 def fuse_loras(pipe: Any) -> None:
