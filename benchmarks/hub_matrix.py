@@ -69,7 +69,7 @@ for key, action, source, name, call in json.load(open(sys.argv[1])):
             continue
         if action == "push degraded":
             import diffx
-            diffx.push_to_hub(pipe, key)
+            diffx.push_to_hub(pipe, key, license="apache-2.0")
             continue
         if action == "save":
             pipe.save_pretrained(key)
