@@ -1,6 +1,8 @@
 """Checkpoints for everybody: stock Diffusers without diffx loads them in silence, and diffx finds its scheduler again, bit for bit."""
 
 import json
+import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -14,6 +16,7 @@ from diffx.loading import EMBEDDED_TABLE, load_scheduler_config
 from diffx.testing import LocalHub, call_inputs, end_of, tiny_flux, tiny_latent_consistency, tiny_stable_diffusion, tiny_svd
 from diffx.testing.matrix import CASES, SOLVERS
 
+GRADIENT_ESTIMATION = Path(__file__).parent.parent / "schedulers" / "gradient_estimation"
 TABLE = json.loads((EMBEDDED_TABLE / "scheduler_config.json").read_text())
 # Every class, with options that its stock twin lacks or means otherwise, and both kinds of model.
 SAVED = {
@@ -53,7 +56,11 @@ with warnings.catch_warnings(record=True) as caught:
     # Python shows those to nobody but the author of the code.
     told = [str(each.message) for each in caught if not issubclass(each.category, DeprecationWarning)]
 assert not [name for name in sys.modules if name.startswith("diffx") and sys.modules[name]]
-print(json.dumps({"warnings": told, "log": log.getvalue()}))
+try:
+    DiffusionPipeline.from_pretrained("custom", trust_remote_code=True)
+except ImportError as error:
+    custom = str(error)
+print(json.dumps({"warnings": told, "log": log.getvalue(), "custom": custom}))
 """
 
 
@@ -77,7 +84,11 @@ def saved(tmp_path_factory):
         diffx.save_pretrained(pipe, root / name)
         assert pipe.scheduler is schedulers[name]
     with LocalHub() as hub:
-        said = json.loads(hub.run(["-c", STRANGER, *SAVED], cwd=root, without=("diffx",)).stdout)
+        shutil.copytree(root / "DDIM", root / "custom", ignore=shutil.ignore_patterns("scheduler"))
+        shutil.copytree(GRADIENT_ESTIMATION, root / "custom" / "scheduler")
+        _index(root / "custom", scheduler=["scheduler", "GradientEstimation"])
+        done = hub.run(["-c", STRANGER, *SAVED], cwd=root, without=("diffx",))
+    said = json.loads(done.stdout) | {"output": done.stdout + done.stderr}
     return root, schedulers, said
 
 
@@ -87,7 +98,14 @@ def test_every_class_is_among_them():
 
 def test_without_diffx_they_load_in_silence(saved):
     _, _, said = saved
-    assert said == {"warnings": [], "log": ""}
+    assert said["warnings"] == [] and said["log"] == ""
+
+
+def test_without_diffx_published_code_says_where_diffx_comes_from(saved):
+    """Diffusers would tell to install the package that has this name on PyPI, a stranger's, were the import not guarded."""
+    _, _, said = saved
+    assert said["custom"].startswith("this scheduler needs diffx, which is installed from a clone of its repository")
+    assert "install diffx" not in said["output"]
 
 
 @pytest.mark.parametrize("name", SAVED)
