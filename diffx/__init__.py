@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AutoScheduler": "diffx.hub",
     "Calibrated": "diffx.schedulers",
+    "Control": "diffx.conditioning.attach",
     "ControlNet": "diffx.conditioning.controlnets",
     "IPAdapter": "diffx.conditioning.ip_adapter",
     "DDIM": "diffx.schedulers",
@@ -56,10 +57,13 @@ _PUBLIC = {
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
     "Trained": "diffx.training.api",
+    "SoftInpaint": "diffx.conditioning.inpaint",
+    "attach": "diffx.conditioning.attach",
     "calibrate": "diffx.calibration",
     "distill": "diffx.training.api",
     "from_pretrained": "diffx.hub",
     "guide": "diffx.guidance",
+    "outpaint": "diffx.conditioning.inpaint",
     "push_to_hub": "diffx.hub",
     "set_attention": "diffx.acceleration",
     "save_pretrained": "diffx.hub",
@@ -67,9 +71,10 @@ _PUBLIC = {
     "upgrade": "diffx.hub",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "AutoScheduler", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler",
-    "EulerAncestral", "Heun", "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill",
-    "from_pretrained", "guidance", "guide", "objectives", "push_to_hub", "save_pretrained", "set_attention", "train", "upgrade",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "AutoScheduler", "Calibrated", "Control", "ControlNet", "DPMSolver", "DPMSolverSinglestep",
+    "Euler", "EulerAncestral", "Heun", "IPAdapter", "Row", "SoftInpaint", "Table", "TableScheduler", "Trained", "UniPC", "attach",
+    "calibrate", "distill", "from_pretrained", "guidance", "guide", "objectives", "outpaint", "push_to_hub", "save_pretrained",
+    "set_attention", "train", "upgrade",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.
