@@ -1,7 +1,7 @@
 """Adapters of the embedded model, trained on one core, and how far they are followed on glyphs that no network ever saw. Resumable.
 
     python benchmarks/conditioning.py controlnet ip-adapter
-    python benchmarks/conditioning.py report
+    python benchmarks/conditioning.py sweep report
 
 Each is measured as a user has it: exported, loaded by Diffusers alone, called on a new rendering of each of the 136 unseen glyphs.
 Each part writes results/conditioning/parts/NAME.json; runs with checkpoints lie in outputs/conditioning. Minutes are CPU time of one
@@ -24,16 +24,20 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 
 import diffx
 from diffx import glyphs
 from diffx.conditioning import hints
+from diffx.evaluation.emoji import candidates, seen_prompts
 from diffx.evaluation.features import GlyphFeatures
+from diffx.evaluation.metrics import r_precision
 from diffx.evaluation.report import write_atomically
 from diffx.loading import load_pipeline
 from diffx.objectives import Diffusion
 from diffx.training.adherence import pairs
+from diffx.training.sheet import sheet
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -41,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results" / "conditioning"
 RUNS = ROOT / "outputs" / "conditioning"
 RENDERINGS, SEED, CALLS, GUIDANCE, AT_ONCE = 8, 0, 50, 3.0, 34
+SCALES, GUIDANCES, SWEPT, SWEEP_CALLS, ON_SHEET = (0.0, 0.5, 1.0, 1.5), (1.0, 2.0, 3.0, 5.0), 34, 20, 3
 COMMON: dict[str, Any] = dict(
     batch_size=48, lr_schedule="cosine", warmup_steps=100, save_every=100, evaluate_every=200, device="cpu", cache=RUNS / "cache"
 )
@@ -184,6 +189,116 @@ def through_autoencoder(pipe: Any, asked: list[dict[str, Any]]) -> list[Image.Im
     return [Image.fromarray(each) for each in ((again + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
 
 
+def sweep() -> None:
+    """Image scale and text guidance apart, on what contradicts itself: each sample is shown one glyph, an unseen one, and told another."""
+    asked = [{"text": text} for text in seen_prompts(SWEPT, seed=SEED)]
+    pictures = [Image.fromarray(each["image"]) for each in unseen(SWEPT)]
+    for name, make in {"controlnet": swept_controlnet, "ip-adapter": swept_ip_adapter}.items():
+        if not (RUNS / name / "model").is_dir():
+            print(f"{name}: not trained yet, left out")
+            continue
+        start = time.process_time()
+        shown, call, follows = make(pictures)
+        made = {(scale, guidance): call(asked, scale, guidance) for scale in SCALES for guidance in GUIDANCES}
+        cells = [
+            {"scale": scale, "guidance": guidance, "shown": follows(images), "told": told(images, [each["text"] for each in asked])}
+            for (scale, guidance), images in made.items()
+        ]
+        row = {"minutes": (time.process_time() - start) / 60, "texts": [each["text"] for each in asked[:ON_SHEET]], "cells": cells}
+        (FOLDER / "parts").mkdir(parents=True, exist_ok=True)
+        write_atomically(FOLDER / "parts" / f"sweep-{name}.json", lambda out, row=row: out.write(json.dumps(row, indent=1).encode()))
+        rows = [[shown[i], *(made[scale, guidance][i] for guidance in GUIDANCES)] for i in range(ON_SHEET) for scale in SCALES]
+        large = [np.asarray(image.convert("RGB"), np.float32).repeat(2, 0).repeat(2, 1) / 255 for images in rows for image in images]
+        drawn = sheet(np.stack(large), columns=1 + len(GUIDANCES))
+        write_atomically(FOLDER / f"sweep-{name}.png", lambda out, drawn=drawn: drawn.save(out, format="png"))
+
+
+def swept_controlnet(pictures: list[Image.Image]) -> tuple[list[Image.Image], Any, Any]:
+    """(control images, a call by scale and guidance, how much samples follow)."""
+    network = ControlNetModel.from_pretrained(RUNS / "controlnet" / "model")
+    pipe = StableDiffusionControlNetPipeline(**load_pipeline(device="cpu").components, controlnet=network, requires_safety_checker=False)
+    canny = hints.get("canny")
+    control = [canny(picture) for picture in pictures]
+
+    def call(asked: list[dict[str, Any]], scale: float, guidance: float) -> list[Image.Image]:
+        more: dict[str, Any] = {"controlnet_conditioning_scale": scale, "guidance_scale": guidance, "num_inference_steps": SWEEP_CALLS}
+        return draw(pipe, asked, lambda part: {"image": [control[i] for i in part]}, **more)
+
+    def follows(made: list[Image.Image]) -> dict[str, float]:
+        edges, drawn = ([np.asarray(image.convert("L")) / 255 for image in images] for images in (control, map(canny, made)))
+        return likeness(edges, drawn, hints.edge_f1)
+
+    return control, call, follows
+
+
+def swept_ip_adapter(pictures: list[Image.Image]) -> tuple[list[Image.Image], Any, Any]:
+    """The same of an IP-Adapter and its references."""
+    pipe: Any = load_pipeline(device="cpu")
+    pipe.load_ip_adapter(RUNS / "ip-adapter" / "model", subfolder="", weight_name="ip_adapter.safetensors")
+    pooled = isinstance(pipe.unet.encoder_hid_proj.image_projection_layers[0], ImageProjection)
+    with torch.no_grad():
+        given, nothing = pipe.encode_image(pictures, "cpu", 1, not pooled)
+
+    def call(asked: list[dict[str, Any]], scale: float, guidance: float) -> list[Image.Image]:
+        pipe.set_ip_adapter_scale(scale)
+
+        def inputs(part: range) -> dict[str, Any]:
+            both = [nothing, given] if guidance > 1 else [given]
+            return {"ip_adapter_image_embeds": [torch.cat([each[part.start : part.stop] for each in both])[:, None]]}
+
+        return draw(pipe, asked, inputs, guidance_scale=guidance, num_inference_steps=SWEEP_CALLS)
+
+    return pictures, call, lambda made: judged(pictures, made)["glyph encoder"]
+
+
+def told(made: list[Image.Image], texts: list[str]) -> dict[str, float]:
+    """The share of samples nearest to their own text of all that are asked and 200 others, and the cosine with it."""
+    features = GlyphFeatures()
+    table, own = candidates(texts, features, seed=SEED)
+    found = glyph_features(made)
+    return {"r_precision": r_precision(found, table, own), "cosine": float((found * table[own]).sum(1).mean())}
+
+
+def swept_lines(name: str, title: str) -> list[str]:
+    """The section of a sweep, if there is one."""
+    file = FOLDER / "parts" / f"sweep-{name}.json"
+    if not file.exists():
+        return []
+    part = json.loads(file.read_text())
+    measure = "gain" if name == "controlnet" else "retrieval"
+    own = {
+        "gain": "Edge-F1 with what was shown, less that with what others were",
+        "retrieval": f"Retrieval of the reference, chance 1/{SWEPT}",
+    }
+    lines = [
+        "",
+        f"### {title}: image scale and text guidance",
+        "",
+        f"{SWEPT} samples a cell from the same noise, {SWEEP_CALLS} calls, {part['minutes']:.1f} CPU-minutes. Each was shown an unseen "
+        "glyph and told the caption of another one, seen in training. On the sheet, for "
+        f"{', '.join(part['texts'])}: in the first column what was shown, then guidance {_listed(GUIDANCES)}; rows are scale "
+        f"{_listed(SCALES)}.",
+        "",
+        f"![Swept](sweep-{name}.png)",
+    ]
+    tables = {
+        own[measure]: lambda cell: f"{cell['shown'][measure]:.3f}",
+        "Cosine with the text's renderings by the glyph encoder (and R-precision, of all asked and 200 others)": lambda cell: (
+            f"{cell['told']['cosine']:.3f} ({cell['told']['r_precision']:.2f})"
+        ),
+    }
+    cells = {(cell["scale"], cell["guidance"]): cell for cell in part["cells"]}
+    for what, shown in tables.items():
+        lines += ["", f"{what}:", "", "| scale | " + " | ".join(f"guidance {each:g}" for each in GUIDANCES) + " |"]
+        lines += ["|---:|" + "---:|" * len(GUIDANCES)]
+        lines += [f"| {scale:g} | " + " | ".join(shown(cells[scale, each]) for each in GUIDANCES) + " |" for scale in SCALES]
+    return lines
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ", ".join(f"{each:g}" for each in numbers)
+
+
 def report() -> None:
     """Write report.md of the parts that there are."""
     lines = [
@@ -219,17 +334,20 @@ def report() -> None:
                 lines.append(
                     f"| {what} | {judge} | {row['true']:.3f} | {row['shuffled']:.3f} | {row['gain']:.3f} | {row['retrieval']:.3f} |"
                 )
+        lines += swept_lines(name, title)
     (FOLDER / "report.md").write_text("\n".join(lines) + "\n")
 
 
 PARTS = {"controlnet": ("Canny ControlNet", controlnet), "ip-adapter": ("IP-Adapter Plus", ip_adapter)}
 
+COMMANDS = {**{name: run for name, (_, run) in PARTS.items()}, "sweep": sweep, "report": report}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[*PARTS, "report"])
+    parser.add_argument("parts", nargs="*", default=[*COMMANDS])
     for name in parser.parse_args().parts:
-        report() if name == "report" else PARTS[name][1]()
+        COMMANDS[name]()
 
 
 if __name__ == "__main__":

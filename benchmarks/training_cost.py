@@ -1,12 +1,11 @@
-"""CPU-seconds and memory of LCM-LoRA training beside Diffusers' own script, and at full size. Writes results/training_cost.json, .md.
+"""CPU-seconds and memory of training beside Diffusers' own scripts, and at full size. Writes results/training_cost.json, .md.
 
     git clone https://github.com/huggingface/diffusers
-    python benchmarks/training_cost.py script --checkout diffusers --python PYTHON
+    python benchmarks/training_cost.py script controlnet --checkout diffusers --python PYTHON
     python benchmarks/training_cost.py one-base full-size
 
-PYTHON is an interpreter with the requirements of examples/consistency_distillation. Every training is a process of its own with one
-thread, whose CPU-seconds (user and system) and peak resident memory the operating system counts. Parts are measured one by one and
-kept in the JSON file; what is not measured again stays.
+PYTHON is an interpreter with the requirements of examples/consistency_distillation or examples/controlnet. Parts are measured one by
+one and kept in the JSON file; what is not measured again stays.
 """
 
 from __future__ import annotations
@@ -16,211 +15,23 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 # Nothing large is imported here: a process counts as its own the memory of the one that started it, up to the moment it starts.
+from controlnet_cost import CONTROL_SCRIPT, measure_controlnet, render_controlnet
+from training_scripts import FULL_SIZE, LCM_SCRIPT, ROOT, Used, calling, measure_script, measured, render_script, stable_diffusion
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "training_cost"
-SCRIPT = Path("examples/consistency_distillation/train_lcm_distill_lora_sdxl.py")
-LENGTHS = (4, 24)  # updates of two runs, whose difference is that of their updates alone
-GOAL = 1.5  # times fewer CPU-seconds than the script
-RANKS = (64, 4)
-BATCH, PIXELS, LR, NUM_PICTURES = 4, 64, 1e-4, 16
+SCRIPTS = {"script": LCM_SCRIPT, "controlnet": CONTROL_SCRIPT}  # by the part that runs it
 MOST_GIB = 24.0
-# torchvision's wheel beside a CPU build of torch lacks the operators that it describes when it is imported; the script calls none.
-LAUNCH = """
-import runpy, sys
-try:
-    import torchvision
-except RuntimeError:
-    import torch
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
-    missing = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        missing.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-# Measured processes
-
-
-@dataclass(frozen=True)
-class Used:
-    """What a process used until its end: CPU-seconds, and peak resident memory in MiB."""
-
-    cpu_s: float
-    peak_mib: float
-
-
-def measured(command: list[Any], folder: Path) -> Used:
-    """What ``command`` used; it must succeed. What it printed is kept in ``folder``."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf")}
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen([str(word) for word in command], env=env, stdout=log, stderr=log, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{command[:6]} failed:\n{(folder / 'log.txt').read_text()[-4000:]}")
-    return Used(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
-
-
-def calling(function: str, *words: Any) -> list[Any]:
-    """The command that calls a function of this file in a process of its own; words become strings."""
-    return [sys.executable, __file__, "call", function, *words]
-
-
-# Part "script": the same tiny SDXL, pictures, adapters and batch
-
-
-def make_material(folder: str) -> None:
-    """A Stable Diffusion XL of the size of Diffusers' test models, and a folder of pictures with captions.
-
-    In it as in the real one the VAE's encoder costs 0.6 to 0.7 of a network call (in operations), which matters for what is encoded anew
-    at every update.
-    """
-    import numpy as np
-    import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from PIL import Image
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from diffx.testing.parts import byte_tokenizer
-
-    torch.manual_seed(0)
-    place = Path(folder)
-    tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 77
-    special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=5, num_attention_heads=4, projection_dim=32,
-        **special,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=32, block_out_channels=(32, 64), layers_per_block=2, cross_attention_dim=64, attention_head_dim=(2, 4),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=80,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, sample_size=PIXELS,
-    )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-    )
-    StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text), add_watermarker=False,
-    ).save_pretrained(place / "model")  # fmt: skip
-    (place / "pictures").mkdir()
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(NUM_PICTURES):
-        name = f"{i:02d}.png"
-        Image.fromarray(rng.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)).save(place / "pictures" / name)
-        rows.append({"file_name": name, "text": f"picture number {i}"})
-    (place / "pictures" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def script_command(python: str, checkout: Path, material: Path, folder: Path, rank: int, steps: int) -> list[Any]:
-    options = {
-        "pretrained_teacher_model": material / "model", "train_data_dir": material / "pictures", "output_dir": folder / "run",
-        "resolution": PIXELS, "train_batch_size": BATCH, "max_train_steps": steps, "lora_rank": rank, "lora_alpha": rank,
-        "loss_type": "huber", "learning_rate": LR, "lr_warmup_steps": 0, "seed": 0, "mixed_precision": "no", "cache_dir": folder / "cache",
-    }  # fmt: skip
-    return [python, "-c", LAUNCH, checkout / SCRIPT, *(f"--{name}={value}" for name, value in options.items()), "--center_crop"]
-
-
-def our_command(material: Path, folder: Path, rank: int, steps: int) -> list[Any]:
-    options = {
-        "teacher": material / "model", "output": folder / "run", "resolution": PIXELS, "batch-size": BATCH, "train-steps": steps,
-        "lora-rank": rank, "lr": LR, "weight-decay": 0.01, "huber-c": 0.001, "teacher-steps": 50,
-        "guidance-range": "4,16",  # the script's w, from 3 to 15, is a scale less 1
-        "cache": folder / "cache", "device": "cpu",
-    }  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "diffx", "distill", "lcm", material / "pictures", *flags]
-
-
-def measure_script(folder: Path, checkout: Path, python: str, rounds: int) -> dict[str, Any]:
-    """Per update, ours and theirs; the runs of a round follow each other, so that a busy machine slows both alike."""
-    material = folder / "material"
-    material.mkdir()
-    measured(calling("make_material", material), material)
-    runs: dict[str, Callable[[Path, int, int], list[Any]]] = {
-        "script": lambda own, rank, steps: script_command(python, checkout, material, own, rank, steps),
-        "diffx": lambda own, rank, steps: our_command(material, own, rank, steps),
-    }
-    found: dict[str, Any] = {"rounds": rounds, "updates": LENGTHS, "checkout": revision(checkout)}
-    for rank in RANKS:
-        used: dict[tuple[str, int], list[Used]] = {(name, steps): [] for name in runs for steps in LENGTHS}
-        for i in range(rounds):
-            for name, steps in used:
-                own = folder / f"{name}-{rank}-{steps}-{i}"
-                own.mkdir()
-                used[name, steps].append(measured(runs[name](own, rank, steps), own))
-                print(f"rank {rank:2d}, {name:>6}, {steps:2d} updates: {used[name, steps][-1]}", flush=True)
-        found[f"rank {rank}"] = {name: _per_update(*(used[name, steps] for steps in LENGTHS)) for name in runs}
-    return found
-
-
-def _per_update(first: list[Used], last: list[Used]) -> dict[str, Any]:
-    """What an update and the start-up used: the least of the rounds, since other work on a machine only adds."""
-    runs = [[used.cpu_s for used in runs] for runs in (first, last)]
-    cost = (min(runs[1]) - min(runs[0])) / (LENGTHS[1] - LENGTHS[0])
-    peak = min(used.peak_mib for used in last)
-    return {"cpu_s_per_update": cost, "start_cpu_s": min(runs[0]) - LENGTHS[0] * cost, "peak_mib": peak, "cpu_s_of_runs": runs}
-
-
-def revision(checkout: Path) -> str | None:
-    """The commit of a checkout, where git knows one."""
-    asked = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return asked.stdout.strip()[:12] or None
 
 
 # Parts "full-size" and "one-base": Stable Diffusion 1.5 with random weights
-
-
-def full_size_pipeline() -> Any:
-    """Stable Diffusion 1.5 in float32: every network as its public config says, with random weights; a tokenizer of single bytes."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from diffx.testing.parts import byte_tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    tokenizer.model_max_length = 77
-    special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768,
-        **special,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )
-    return StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
 
 
 def train_full_size(method: str, pixels: str, folder: str) -> None:
@@ -250,7 +61,7 @@ def train_full_size(method: str, pixels: str, folder: str) -> None:
         print(name, report[name], flush=True)
         return time.process_time()
 
-    pipe = full_size_pipeline()
+    pipe = stable_diffusion(**FULL_SIZE)
     now = note("make the pipeline", 0.0)
     objective = {"lcm": LCM(), "dmd2": DMD2(fake_steps=1)}[method]
     picture = {"image": np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), "text": "a picture"}
@@ -286,7 +97,7 @@ def measure_one_base(folder: Path) -> dict[str, Any]:
 def _full_size(folder: Path, method: str, pixels: int) -> dict[str, Any]:
     own = folder / f"{method}-{pixels}"
     own.mkdir()
-    used = measured(calling("train_full_size", method, pixels, own), own)
+    used = measured(calling(train_full_size, method, pixels, own), own)
     return json.loads((own / "report.json").read_text()) | {"whole": asdict(used)}
 
 
@@ -294,38 +105,9 @@ def _full_size(folder: Path, method: str, pixels: int) -> dict[str, Any]:
 
 
 def render(parts: dict[str, Any]) -> str:
-    sections = {"script": render_script, "full-size": render_full_size, "one-base": render_one_base}
+    sections = {"script": render_script, "controlnet": render_controlnet, "full-size": render_full_size, "one-base": render_one_base}
     found = [[*section(parts[name]), ""] for name, section in sections.items() if name in parts]
     return "\n".join(["# Cost of training", "", *(line for lines in found for line in lines)])
-
-
-def render_script(found: dict[str, Any]) -> list[str]:
-    first, last = found["updates"]
-    lines = [
-        "## LCM-LoRA, beside Diffusers' script",
-        "",
-        f"`python benchmarks/training_cost.py script --rounds {found['rounds']}`, {found['made']};",
-        f"the script is of commit {found['checkout']}.",
-        f"A tiny SDXL (UNet of 1.98 M, {PIXELS // 2} x {PIXELS // 2} latents), batch {BATCH}, float32, one thread. An update is the",
-        f"difference of runs of {first} and {last} updates, each the least of its rounds; start-up is the rest: imports, loading,",
-        f"our encoding of the {NUM_PICTURES} pictures, saving, sample pictures. Both train the same adapters. Rank {RANKS[0]} is the",
-        f"script's default; rank {RANKS[1]} beside widths of 32 and 64 is nearer to what {RANKS[0]} is beside SDXL's 320 to 1280.",
-        "",
-        "| rank | | CPU-s per update | script / diffx | peak memory, MiB | start-up, CPU-s | CPU-s of the runs |",
-        "|---:|---|---:|---:|---:|---:|---|",
-    ]
-    goals = ["", f"Goals, {GOAL} times fewer CPU-seconds and not more memory:"]
-    for rank in RANKS:
-        both = found[f"rank {rank}"]
-        ratio = both["script"]["cpu_s_per_update"] / both["diffx"]["cpu_s_per_update"]
-        for name, one in both.items():
-            runs = "; ".join(", ".join(f"{value:.1f}" for value in run) for run in one["cpu_s_of_runs"])
-            shown = f"{ratio:.2f}" if name == "diffx" else ""
-            figures = f"{one['cpu_s_per_update']:.3f} | {shown} | {one['peak_mib']:.0f} | {one['start_cpu_s']:.1f} | {runs}"
-            lines.append(f"| {rank} | {name} | {figures} |")
-        fast, small = ratio >= GOAL, both["diffx"]["peak_mib"] <= both["script"]["peak_mib"]
-        goals.append(f"rank {rank} {'met' if fast else 'missed'} and {'met' if small else 'missed'}" + (";" if rank != RANKS[-1] else "."))
-    return lines + goals
 
 
 def render_full_size(found: dict[str, Any]) -> list[str]:
@@ -386,14 +168,15 @@ if __name__ == "__main__":
         globals()[sys.argv[2]](*sys.argv[3:])
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["script", "full-size", "one-base"])
+    parser.add_argument("parts", nargs="+", choices=["script", "controlnet", "full-size", "one-base"])
     parser.add_argument("--checkout", type=Path, default=os.environ.get("DIFFUSERS_CHECKOUT"), help="of Diffusers; else DIFFUSERS_CHECKOUT")
-    parser.add_argument("--python", default=sys.executable, help="interpreter that runs the script")
-    parser.add_argument("--rounds", type=int, default=3, help="of part script")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that runs the scripts")
+    parser.add_argument("--rounds", type=int, default=3, help="of parts script and controlnet")
     parser.add_argument("--output", type=Path, default=RESULT, help="without its endings .json and .md")
     chosen = parser.parse_args()
-    if "script" in chosen.parts and not (chosen.checkout and (chosen.checkout / SCRIPT).is_file()):
-        parser.error(f"--checkout={chosen.checkout} holds no {SCRIPT}")
+    for part, script in SCRIPTS.items():
+        if part in chosen.parts and not (chosen.checkout and (chosen.checkout / script).is_file()):
+            parser.error(f"--checkout={chosen.checkout} holds no {script}")
     python = os.path.abspath(shutil.which(chosen.python) or chosen.python)  # training runs in folders of its own
     file = chosen.output.with_suffix(".json")
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -402,6 +185,8 @@ if __name__ == "__main__":
             match part:
                 case "script":
                     result = measure_script(Path(scratch), chosen.checkout.resolve(), python, chosen.rounds)
+                case "controlnet":
+                    result = measure_controlnet(Path(scratch), chosen.checkout.resolve(), python, chosen.rounds)
                 case "full-size":
                     result = measure_full_size(Path(scratch))
                 case "one-base":

@@ -7,8 +7,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import yaml
 from adapter_parts import SIZE, ip_adapter, picture, save_encoders, training
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from test_cli import good, refused
 from training_parts import run
 
@@ -345,3 +347,55 @@ def refused_flag(*words):
     result = call(*words)
     assert result.exit_code == 2
     return result.output
+
+
+# The run.yaml of a run as --config
+
+
+@pytest.mark.parametrize("name", ["controlnet", "ip-adapter"])
+def test_the_run_yaml_of_an_adapter_makes_it_again_bit_for_bit(tmp_path, encoders, name):
+    tiny_stable_diffusion().save_pretrained(tmp_path / "model")
+    adapters = {
+        "controlnet": diffx.ControlNet(hints.get("tile", factor=2.0), hint_column="control"),  # no flag says the factor
+        "ip-adapter": diffx.IPAdapter("plus", image_encoder=encoders / "clip", text_dropout=0.2),
+    }
+    pictures, few = folder(tmp_path / "pictures"), folder(tmp_path / "few")
+    options = dict(train_steps=2, batch_size=2, lr=0.01, resolution=16, seed=3, device="cpu", cache=tmp_path / "cache")
+    objective = Diffusion(ema_decay=0.5)
+    diffx.train(
+        tmp_path / "model",
+        adapters[name],
+        pictures,
+        objective=objective,
+        held_out=few,
+        output=tmp_path / "first",
+        progress=False,
+        **options,
+    )
+    config = tmp_path / "first" / "run.yaml"
+    words = ["train", name, "--config", config, "--device", "cpu", "--cache", tmp_path / "cache"]
+    good(*words, "--output", tmp_path / "again", "--json")
+    assert (tmp_path / "again" / "run.yaml").read_text() == config.read_text()
+    one, two = (load_file(tmp_path / run / "checkpoints" / "step-00000002" / "weights.safetensors") for run in ("first", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (json.loads((tmp_path / run / "report.json").read_text()) for run in ("first", "again"))
+    assert one == two  # measured on the same pictures
+
+    shown = good(*words, "--seed", 4, "--dump-config")
+    (tmp_path / "flags.yaml").write_text(shown)
+    assert yaml.safe_load(shown)["seed"] == 4 and yaml.safe_load(shown)["held_out"] == str(few)
+    assert good("train", name, "--config", tmp_path / "flags.yaml", "--dump-config") == shown
+
+
+def test_the_run_yaml_of_another_kind_is_refused(tmp_path):
+    run = {"method": {"name": "Diffusion"}, "adapter": {"name": "ControlNet"}}
+    for name, config, message in (
+        ("ip-adapter", run, "is of the adapter ControlNet, and this command is IPAdapter's"),
+        ("controlnet", {"method": {"name": "Diffusion"}}, "is of no adapter, and this command is ControlNet's"),
+        ("base", run, "is of the adapter ControlNet, and this command is for none"),
+        ("base", {"held_out": "photos"}, "has held_out; it may have data, teacher"),
+        ("controlnet", {"lora_rank": 4}, "has lora_rank; it may have data, teacher, held_out"),
+        ("controlnet", run | {"adapter": {"name": "ControlNet", "hint": {"name": "cany"}}}, "unknown hint 'cany'"),
+    ):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        assert message in refused("train", name, "--config", tmp_path / "run.yaml")

@@ -12,7 +12,7 @@ import diffx
 from diffx.conditioning.attach import Condition, Control, Reference, attach
 from diffx.guidance import CFG, Interval, LossGuidance, Ramp
 from diffx.guidance.run import Run
-from diffx.testing import call_inputs, end_of, tiny_controlnet, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
+from diffx.testing import call_inputs, end_of, tiny_controlnet, tiny_flux, tiny_sd3, tiny_sd35, tiny_sdxl, tiny_stable_diffusion
 from diffx.testing.parts import IMAGE_SIZE, quiet
 
 LEFT = (torch.arange(IMAGE_SIZE) < IMAGE_SIZE // 2).float().expand(IMAGE_SIZE, IMAGE_SIZE)
@@ -136,6 +136,88 @@ def test_sdxl():
     assert not torch.equal(run(pipe), goal)
 
 
+# Stable Diffusion 3
+
+
+def sd3_controlnet(pipe, seed=0, extra=0, **config):
+    """One with random weights where a new one has zeros; without ``config`` of one layer, half of the network's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if config:
+            net = diffusers.SD3ControlNetModel.from_config({**pipe.transformer.config, "use_pos_embed": True, **config})
+        else:
+            net = diffusers.SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_extra_conditioning_channels=extra)
+        for weights in (*net.controlnet_blocks.parameters(), *net.pos_embed_input.parameters()):
+            torch.nn.init.normal_(weights, std=0.3)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return tiny_sd35()
+
+
+def sd3_run(pipe, **more):
+    """The stock pipeline reads its picture with noise of the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return run(pipe, steps=3, **more)
+
+
+def sd3_with(pipe, *conditions, **more):
+    with attach(pipe, *conditions):
+        return sd3_run(pipe, **more)
+
+
+def drawn(seed):
+    return Image.fromarray((picture(seed).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+SD3_NETS = {
+    "InstantX": {},
+    "with pooled text": dict(num_layers=2, force_zeros_for_pooled_projection=False),
+    # As Stability's for 3.5 large, but for their one-stream blocks: positions are the network's.
+    "without positions": dict(num_layers=1, use_pos_embed=False, pos_embed_type=None, force_zeros_for_pooled_projection=False),
+}
+
+
+@pytest.mark.parametrize("name", SD3_NETS)
+def test_sd3_is_the_stock_controlnet_pipeline(sd3, name):
+    net, call = sd3_controlnet(sd3, **SD3_NETS[name]), dict(controlnet_conditioning_scale=0.7, control_guidance_start=0.3)
+    attached = [Control(net, drawn(1), weight=0.7, start=0.3, mask=mask) for mask in (None, ONE)]
+    before, base = list(sd3.transformer._forward_pre_hooks), sd3_run(sd3)
+    found = [sd3_with(sd3, each) for each in attached]
+    assert list(sd3.transformer._forward_pre_hooks) == before and torch.equal(sd3_run(sd3), base)
+    own = quiet(diffusers.StableDiffusion3ControlNetPipeline(**sd3.components, controlnet=net))
+    goal = sd3_run(own, control_image=drawn(1), **call)
+    assert all(torch.equal(each, goal) for each in found) and not torch.equal(goal, base)
+
+
+def test_sd3_masks_weights_and_several(sd3):
+    one, two = sd3_controlnet(sd3), sd3_controlnet(sd3, seed=1, num_layers=2)
+    base, full = sd3_run(sd3), sd3_with(sd3, Control(one, picture(1)))
+    assert torch.equal(sd3_with(sd3, Control(one, picture(1), mask=NOTHING)), base)
+    assert torch.equal(sd3_with(sd3, Control(one, picture(1), weight=0.0)), base)
+    assert torch.equal(sd3_with(sd3, Control(one, picture(1), weight=(1.0, 1.0, 1.0))), full)
+    half = sd3_with(sd3, Control(one, picture(1), mask=LEFT, weight=0.2))
+    left, right = (half - base).abs().mean((0, 1, 2)).chunk(2)
+    assert left.mean() > 1.2 * right.mean()  # every token attends to all others
+    own = quiet(diffusers.StableDiffusion3ControlNetPipeline(**sd3.components, controlnet=one))
+    with attach(own, Control(two, drawn(2), mask=LEFT)):  # beside the one that the pipeline has; of other depth
+        both = sd3_run(own, control_image=drawn(1))
+    conditions = Control(one, drawn(1)), Control(two, drawn(2), mask=LEFT)
+    assert torch.equal(sd3_with(sd3, *conditions), both)
+    with attach(sd3, conditions[1]), diffx.guide(sd3, Interval(CFG(3.0), high=0.8)) as guided:
+        assert torch.isfinite(sd3_run(sd3)).all()
+    assert guided.uncond_calls < guided.calls == 3
+
+
+def test_sd3_image_to_image(sd3):
+    pipe, net = quiet(diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(sd3)), sd3_controlnet(sd3)
+    base, found = sd3_run(pipe, strength=1.0), sd3_with(pipe, Control(net, picture(1)), strength=1.0)
+    assert torch.isfinite(found).all() and not torch.equal(found, base) and torch.equal(sd3_run(pipe, strength=1.0), base)
+
+
 # IP-Adapters
 
 
@@ -223,7 +305,10 @@ def test_refused_at_once(stock, plain):
     net = stock.controlnet
     wide = tiny_sdxl()
     cases = [
-        (lambda: attach(tiny_sd3(), Control(net, picture(1))), "has no UNet2DConditionModel"),
+        (lambda: attach(tiny_flux(), Control(net, picture(1))), "has a FluxTransformer2DModel; attach.. knows Stable Diffusion 1 to 3.5"),
+        (lambda: attach(tiny_sd3(), Control(net, picture(1))), "net=ControlNetModel is no SD3ControlNetModel"),
+        (lambda: attach(tiny_sd3(), Reference()), "a SD3Transformer2DModel has one scale for all, and no masks"),
+        (lambda: attach(tiny_sd3(), Control(sd3_controlnet(tiny_sd35(), extra=1), picture(1))), "reads 1 more channels than a picture has"),
         (lambda: attach(wide, Control(net, picture(1))), "was trained for another model"),
         (lambda: attach(plain, net), "is no condition"),
         (lambda: attach(plain, Control(MultiControlNetModel([net]), picture(1))), "is no ControlNetModel"),
@@ -252,6 +337,12 @@ def test_refused_at_the_first_call(stock, plain):
         with pytest.raises(ValueError, match=message):
             with_conditions(plain, condition)
         assert not plain.unet._forward_pre_hooks
+
+
+def test_a_second_call_in_a_step_is_refused(sd3):
+    own_guidance = dict(skip_guidance_layers=[0], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+    with pytest.raises(ValueError, match="skip_guidance_layers calls the network once more in a step"):
+        sd3_with(sd3, Control(sd3_controlnet(sd3), picture(1)), **own_guidance)
 
 
 def test_pictures_come_as_pil_arrays_and_tensors(stock, plain):

@@ -30,8 +30,10 @@ EXAMPLES = {
     "guidance": "diffx distill guidance prompts.txt --teacher PATH_OR_ID --guidance-scale 5 --lora-rank 32",
     "ct": "diffx distill ct photos/ --teacher PATH_OR_ID --train-steps 20000",
 }
-WHAT = ("data", "teacher", "lora_rank", "lora_alpha", "lora_targets", "lora_start")  # beside the fields: they say what is trained
-SECTIONS = ("model", "method", "lora", "source", "train", "data")  # of run.yaml
+# Beside the fields: they say what is trained.
+WHAT = ("data", "teacher", "lora_rank", "lora_alpha", "lora_targets", "lora_start", "held_out")
+SECTIONS = ("model", "adapter", "method", "lora", "source", "held_out", "train", "data")  # of run.yaml
+WORDS = ("source", "held_out")  # of these, those that are no sections
 Data = Annotated[
     str | None,
     typer.Argument(help="A folder of pictures, a data set's Hub id or folder, a text file of prompts; else the model makes samples."),
@@ -118,25 +120,29 @@ def _command(kinds: tuple[Any, ...], example: str) -> Callable:
         import yaml
         from accelerate import PartialState
 
+        from ..conditioning import hints
         from ..training import api
 
         of_method = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
         targets = lora_targets.split(",") if lora_targets else None
-        what = dict(zip(WHAT, (data, teacher, lora_rank, lora_alpha, targets, lora_start), strict=True))
-        chosen = merged(config, what | flags, [*WHAT, *flags], lambda values: _of_run(values, kinds[-1]))
+        what = dict(zip(WHAT, (data, teacher, lora_rank, lora_alpha, targets, lora_start, held_out), strict=True))
+        mine = [name for name in WHAT if name not in foreign]
+        chosen = merged(config, what | flags, [*mine, *flags], lambda values: _of_run(values, kinds))
         what = {name: chosen.pop(name, "emoji" if name == "teacher" else None) for name in WHAT}
         if dump_config:
             fields = {f.name: f.default for cls in (*kinds, TrainConfig, DataConfig) for f in dataclasses.fields(cls)}
-            values = what | fields | chosen
+            values = {name: what[name] for name in mine} | fields | chosen
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not dataclasses.MISSING}
             typer.echo(yaml.safe_dump(plain, sort_keys=False), nl=False)
             return
         missing = [name for name, field in of_method.items() if field.default is dataclasses.MISSING and name not in chosen]
         if missing:
             raise ValueError(f"{' and '.join('--' + name.replace('_', '-') for name in missing)} must be given; see --help")
+        if isinstance(hint := chosen.get("hint"), dict):  # as run.yaml has it: name and options
+            chosen["hint"] = hints.get(**hint)
         *adapter, objective = (kind(**{f.name: chosen[f.name] for f in dataclasses.fields(kind) if f.name in chosen}) for kind in kinds)
         rest = {name: value for name, value in chosen.items() if name not in of_method}
-        data, teacher, rank, alpha, ends, start = what.values()
+        data, teacher, rank, alpha, ends, start, held_out = what.values()
         if dry_run:
             lora = api.make_lora(rank, alpha, ends, start)
             found = api.cost(teacher, objective, lora=lora, adapter=adapter[0] if adapter else None, **rest)
@@ -173,26 +179,36 @@ def _command(kinds: tuple[Any, ...], example: str) -> Callable:
     return command
 
 
-def _of_run(values: Any, method: Any) -> Any:
+def _of_run(values: Any, kinds: tuple[Any, ...]) -> Any:
     """The flags of a run.yaml, which has them in sections; what has no section "method" is left as it is.
 
+    Args:
+        kinds: of the command, an adapter's class if it trains one, and an objective's.
+
     Raises:
-        ValueError: the run is of another method, or has a section that none has.
+        ValueError: the run is of another method or adapter, or has a section that none has.
     """
     if not isinstance(values, dict) or not isinstance(values.get("method"), dict):
         return values
     if unknown := [name for name in values if name not in SECTIONS]:
         raise ValueError(f"the config has {', '.join(map(str, unknown))} beside method; the run.yaml of a run has {', '.join(SECTIONS)}")
     for name in SECTIONS:
-        if name != "source" and not isinstance(values.get(name) or {}, dict):
+        if name not in WORDS and not isinstance(values.get(name) or {}, dict):
             raise ValueError(f"the config has {values[name]!r} for {name}, which is a section")
-    model, of_method, lora, train, data = (dict(values.get(name) or {}) for name in ("model", "method", "lora", "train", "data"))
-    if (name := of_method.pop("name", None)) != method.__name__:
-        raise ValueError(f"the config is of the method {name}, and this command is {method.__name__}'s")
+    model, adapter, of_method, lora, train, data = (
+        dict(values.get(name) or {}) for name in ("model", "adapter", "method", "lora", "train", "data")
+    )
+    *mine, method = (kind.__name__ for kind in kinds)
+    if (name := of_method.pop("name", None)) != method:
+        raise ValueError(f"the config is of the method {name}, and this command is {method}'s")
+    if (name := adapter.pop("name", None)) != (mine[0] if mine else None):
+        theirs, ours = f"the adapter {name}" if name else "no adapter", f"{mine[0]}'s" if mine else "for none"
+        raise ValueError(f"the config is of {theirs}, and this command is {ours}")
     if train.get("seed") != data.get("seed"):
         raise ValueError(f"the config has seed={train.get('seed')} in train and {data.get('seed')} in data; --seed is of both")
-    what = {"data": values.get("source"), "teacher": model.get("from")} | {f"lora_{name}": value for name, value in lora.items()}
-    return {**{name: value for name, value in what.items() if value is not None}, **of_method, **train, **data}
+    what = {"data": values.get("source"), "teacher": model.get("from"), "held_out": values.get("held_out")}
+    what |= {f"lora_{name}": value for name, value in lora.items()}
+    return {**{name: value for name, value in what.items() if value is not None}, **adapter, **of_method, **train, **data}
 
 
 distill = typer.Typer(cls=Methods, no_args_is_help=True, help="Make a student that needs fewer network calls; one command per method.")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor
 from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
@@ -61,9 +63,12 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class Control(Condition):
-    """A ControlNet and its control picture(s): of exactly the size that is made, one for all or one each; arrays and tensors in [0, 1]."""
+    """A ControlNet and its control picture(s): of exactly the size that is made, one for all or one each; arrays and tensors in [0, 1].
 
-    net: ControlNetModel
+    That of SD 3 reads them through the VAE, once a run, with noise of torch's global generator, as the stock pipeline does.
+    """
+
+    net: ControlNetModel | SD3ControlNetModel
     image: Picture | list[Picture] | tuple[Picture, ...]
 
 
@@ -81,7 +86,7 @@ class Reference(Condition):
 
 
 def attach(pipe: Any, *conditions: Condition) -> Attached:
-    """The conditions on any Stable Diffusion 1, 2 or SDXL pipeline, inside ``with``; afterwards it is what it was.
+    """The conditions on any Stable Diffusion 1 to 3.5 or SDXL pipeline, inside ``with``; afterwards it is what it was.
 
     Several add up, in the order given and to what the pipeline has of its own. With ``diffx.guide``, attach outside and guide inside.
 
@@ -100,10 +105,13 @@ class Attached:
     """What ``attach`` gives; ``attach`` and ``detach`` do what ``with`` does."""
 
     def __init__(self, pipe: Any, conditions: Sequence[Condition]) -> None:
-        self.pipe, self.network = pipe, pipe.components.get("unet")
-        if not isinstance(self.network, UNet2DConditionModel):
-            raise ValueError(f"{type(pipe).__name__} has no UNet2DConditionModel; attach() knows Stable Diffusion 1, 2 and SDXL")
-        self._controls = [_ReadyControl(each, self.network) for each in conditions if isinstance(each, Control)]
+        self.pipe, self.network = pipe, pipe.components.get("unet") or pipe.components.get("transformer")
+        if type(self.network) not in _READY:
+            raise ValueError(
+                f"{type(pipe).__name__} has a {type(self.network).__name__}; attach() knows Stable Diffusion 1 to 3.5 and SDXL"
+            )
+        ready = _READY[type(self.network)]
+        self._controls = [ready(each, pipe, self.network) for each in conditions if isinstance(each, Control)]
         self._references = [each for each in conditions if isinstance(each, Reference)]
         if unknown := [each for each in conditions if not isinstance(each, Control | Reference)]:
             raise ValueError(f"{unknown[0]!r} is no condition; give Control(...) or Reference(...)")
@@ -145,16 +153,15 @@ class Attached:
         told = self._signature.bind(network, *args, **kwargs).arguments
         told.pop("self")
         run, call = self._walk.next(told["timestep"])
-        size = tuple(side * self.pipe.vae_scale_factor for side in told["sample"].shape[-2:])
-        down, middle = told.get("down_block_additional_residuals"), told.get("mid_block_additional_residual")
+        sample = next(iter(told.values()))
+        size = tuple(side * self.pipe.vae_scale_factor for side in sample.shape[-2:])
+        if "skip_layers" in told:
+            raise ValueError("skip_guidance_layers calls the network once more in a step, which attach() does not know; switch it off")
         for control in self._controls:
             control.check(size)
             if weight := control.condition.weight_at(run, call):
-                more, most = control.residuals(told, weight)
-                down = more if down is None else [one + two for one, two in zip(down, more)]
-                middle = most if middle is None else middle + most
-        if down is not None:
-            told |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+                for name, more in control.residuals(sample, told, weight, run).items():
+                    told[name] = _added(told.get(name), more)
         if self._references:
             weights = {each.index: each.weight_at(run, call) for each in self._references}
             for attention, scale in self._scales.items():
@@ -180,16 +187,20 @@ class Attached:
 class _ReadyControl:
     """A ``Control`` whose pictures are tensors, checked against the network that it goes to."""
 
-    def __init__(self, control: Control, network: Any) -> None:
-        if not isinstance(control.net, ControlNetModel):
-            kind = type(control.net).__name__
-            raise ValueError(f"net={kind} is no ControlNetModel; load one with its from_pretrained, and give several as a Control each")
-        self.condition, net = control, cast(Any, control.net)
-        for name in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
+    kind: ClassVar[type]  # of the ControlNet
+    same: ClassVar[tuple[str, ...]]  # of its config and the network's
+
+    def __init__(self, control: Control, pipe: Any, network: Any) -> None:
+        net: Any = control.net
+        if not isinstance(net, self.kind):
+            kinds = f"net={type(net).__name__} is no {self.kind.__name__}"
+            raise ValueError(f"{kinds}; load one with its from_pretrained, and give several as a Control each")
+        self.condition, self.net, self.pipe, self.network = control, net, pipe, network
+        for name in self.same:
             if (has := net.config[name]) != (needs := network.config[name]):
                 raise ValueError(f"this ControlNet has {name}={has} and the pipeline's network {needs}: it was trained for another model")
         given = control.image if isinstance(control.image, list | tuple) else [control.image]
-        pictures = [pixels(each, "image", net.config.conditioning_channels) for each in given]
+        pictures = [pixels(each, "image", net.config.get("conditioning_channels", 3)) for each in given]
         if len({each.shape[-2:] for each in pictures}) != 1:
             raise ValueError("the control pictures have several sizes, or there is none; give at least one, all as large as what is made")
         self.image = torch.cat(pictures)
@@ -201,29 +212,95 @@ class _ReadyControl:
         if self.mask is not None:
             _same_size("mask", self.mask, size)
 
-    def residuals(self, told: dict[str, Any], weight: float) -> tuple[list[Tensor], Tensor]:
-        """What the ControlNet adds, times the weight and the mask."""
-        net: Any = self.condition.net
-        sample = told["sample"]
+    def residuals(self, sample: Tensor, told: dict[str, Any], weight: float, run: Run) -> dict[str, Any]:
+        """What the ControlNet adds, times the weight and the mask, as the network's arguments."""
+        raise NotImplementedError
+
+    def pictures(self, sample: Tensor) -> Tensor:
+        """The control picture of each sample."""
         times, rest = divmod(len(sample), len(self.image))
         if rest or (times > 2 and len(self.image) > 1):
             raise ValueError(f"{len(self.image)} control pictures for a batch of {len(sample)}; give one, or one for each sample")
+        return self.image.repeat(times, 1, 1, 1).to(sample)
+
+    def masked(self, residual: Tensor, size: Sequence[int]) -> Tensor:
+        """A residual (B, ..., height, width) or (B, height * width, ...) of that ``size``, times the mask."""
+        if self.mask is None:
+            return residual
+        mask = torch.nn.functional.interpolate(self.mask, tuple(size), mode="area").to(residual)
+        return residual * (mask if residual.ndim == 4 else mask.flatten(2).mT)
+
+
+class _UNetControl(_ReadyControl):
+    kind = ControlNetModel
+    same = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type")
+
+    def residuals(self, sample: Tensor, told: dict[str, Any], weight: float, run: Run) -> dict[str, Any]:
         sized = {name: value for name, value in (told.get("added_cond_kwargs") or {}).items() if name in ("text_embeds", "time_ids")}
-        down, middle = net(
-            sample[:, : net.config.in_channels],
+        down, middle = self.net(
+            sample[:, : self.net.config.in_channels],
             told["timestep"],
             encoder_hidden_states=told["encoder_hidden_states"],
-            controlnet_cond=self.image.repeat(times, 1, 1, 1).to(sample),
+            controlnet_cond=self.pictures(sample),
             conditioning_scale=weight,
             added_cond_kwargs=sized or None,
             return_dict=False,
         )
-        return [self._masked(each) for each in down], self._masked(middle)
+        down, middle = [self.masked(each, each.shape[-2:]) for each in down], self.masked(middle, middle.shape[-2:])
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
-    def _masked(self, residual: Tensor) -> Tensor:
-        if self.mask is None:
-            return residual
-        return residual * torch.nn.functional.interpolate(self.mask, residual.shape[-2:], mode="area").to(residual)
+
+class _SD3Control(_ReadyControl):
+    kind = SD3ControlNetModel
+    same = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "pooled_projection_dim")
+
+    def __init__(self, control: Control, pipe: Any, network: Any) -> None:
+        super().__init__(control, pipe, network)
+        if channels := self.net.config.extra_conditioning_channels:
+            raise ValueError(
+                f"this ControlNet reads {channels} more channels than a picture has (a mask to fill in?); attach() gives it none"
+            )
+        self._run: Run | None = None
+        self._latents = self.image  # of the pictures, in that run
+
+    def residuals(self, sample: Tensor, told: dict[str, Any], weight: float, run: Run) -> dict[str, Any]:
+        net, config = self.net, self.net.config
+        if self._run is not run:
+            self._run, self._latents = run, self._encoded(self.pictures(sample))
+        pooled = told["pooled_projections"]
+        (added,) = net(
+            sample if net.pos_embed is not None else self.network.pos_embed(sample),  # as the stock pipeline lends it
+            self._latents,
+            conditioning_scale=weight,
+            encoder_hidden_states=told["encoder_hidden_states"] if config.joint_attention_dim is not None else None,
+            pooled_projections=torch.zeros_like(pooled) if config.force_zeros_for_pooled_projection else pooled,
+            timestep=told["timestep"],
+            return_dict=False,
+        )
+        size = [side // config.patch_size for side in sample.shape[-2:]]
+        # One for each block: those of another ControlNet may be fewer.
+        return {"block_controlnet_hidden_states": _spread([self.masked(each, size) for each in added], self.network.config.num_layers)}
+
+    @torch.no_grad()
+    def _encoded(self, pictures: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        shift = 0 if self.net.config.force_zeros_for_pooled_projection else vae.config.shift_factor
+        return (vae.encode(2 * pictures - 1).latent_dist.sample() - shift) * vae.config.scaling_factor
+
+
+_READY: dict[type, type[_ReadyControl]] = {UNet2DConditionModel: _UNetControl, SD3Transformer2DModel: _SD3Control}
+
+
+def _spread(residuals: list[Tensor], num: int) -> list[Tensor]:
+    """As many as ``num``, each for several blocks in turn, as SD 3 spreads them itself."""
+    return [residuals[int(i / (num / len(residuals)))] for i in range(num)]
+
+
+def _added(one: Any, two: Any) -> Any:
+    """The sum of residuals, or of lists of them; None is nothing."""
+    if one is None:
+        return two
+    return [each + other for each, other in zip(_spread(one, len(two)), two)] if isinstance(two, list) else one + two
 
 
 def pixels(picture: Picture, what: str, channels: int) -> Tensor:
@@ -256,6 +333,10 @@ def _same_size(what: str, found: Tensor, size: tuple[int, ...]) -> None:
 def _check_references(references: Sequence[Reference], network: Any) -> None:
     if not references:
         return
+    if not isinstance(network, UNet2DConditionModel):
+        raise ValueError(
+            f"Reference acts in Stable Diffusion 1, 2 and SDXL; a {type(network).__name__} has one scale for all, and no masks"
+        )
     attentions = _image_attentions(network)
     if not attentions:
         raise ValueError("the pipeline has no IP-Adapter; put one in with pipe.load_ip_adapter first")

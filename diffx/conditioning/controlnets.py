@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ class ControlNet(Adapter):
 
     def describe(self) -> dict[str, Any]:
         hint: Any = self.drawn_by()
-        options = {name: value if isinstance(value, PLAIN) else repr(value) for name, value in asdict(hint).items()}
+        name = self.hint if isinstance(self.hint, str) else hint.name
+        options = asdict(hint) if is_dataclass(self.drawn_by()) else {}  # controlnet-aux's are none
         return {
             "name": type(self).__name__,
-            "hint": {"name": hint.name, **options},
+            "hint": {"name": name, **{name: value if isinstance(value, PLAIN) else str(value) for name, value in options.items()}},
             "hint_column": self.hint_column,
             "start": None if self.start is None else str(self.start),
         }

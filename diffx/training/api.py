@@ -210,7 +210,9 @@ def split(options: Mapping[str, Any]) -> dict[str, Any]:
     return {section: cls(**{k: v for k, v in options.items() if k in names[section]}) for section, cls in SECTIONS.items()}
 
 
-def describe(model: Any, family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    model: Any, family: Family, objective: Objective, lora: Lora | None, data: Any, sections: Mapping[str, Any], held_out: Any = None
+) -> dict[str, Any]:
     """All that a run's weights depend on, as plain values: what run.yaml holds, and what a resume compares.
 
     ``model`` is where it came from, for those who begin the run anew; a resume compares its weights.
@@ -219,7 +221,8 @@ def describe(model: Any, family: Family, objective: Objective, lora: Lora | None
     method = {"name": type(objective).__name__, **asdict(objective)}
     loaded = {"from": _said(model), "pipeline": type(family.pipe).__name__, "weights": sketch(family.denoiser)}
     adapter = {"adapter": family.adapter.describe()} if isinstance(family, AdaptedFamily) else {}
-    return {"model": loaded, **adapter, "method": method, "lora": asdict(lora) if lora else None, "source": _said(data), **settings}
+    source = {"source": _said(data)} | ({"held_out": _said(held_out)} if adapter else {})
+    return {"model": loaded, **adapter, "method": method, "lora": asdict(lora) if lora else None, **source, **settings}
 
 
 def _said(given: Any) -> str | None:
@@ -242,7 +245,7 @@ def _run(
     fuse_loras(pipe)
     pipe.to(accelerator.device)
     family = adapter.wrap(family_of(pipe)) if adapter else family_of(pipe)
-    described = describe(model, family, objective, lora, data, sections)
+    described = describe(model, family, objective, lora, data, sections, held_out)
     size = picture_size(family, sections["data"].resolution)
     shown = progress and accelerator.is_main_process
     if data is None and model in (None, "emoji"):

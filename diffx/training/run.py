@@ -39,7 +39,8 @@ Metric = Callable[[Any, Mapping[str, Any]], float | Measured]  # of (stock pipel
 KEPT = 2  # checkpoints besides the best
 REPORTED = 8  # prompts
 PIXELS_AT_ONCE = 2**19  # of a sample sheet, made in one call: two pictures of 512 x 512; large ones together would need the most memory
-FREE = ("train.save_every", "train.evaluate_every", "train.patience", "model.from")  # what may differ at a resume: it changes no weight
+# What may differ at a resume: it changes no weight of any step.
+FREE = ("train.save_every", "train.evaluate_every", "train.patience", "model.from", "held_out")
 
 
 class Stopped(KeyboardInterrupt):
