@@ -19,7 +19,7 @@ from diffx.evaluation.pictures import PictureTensor
 from diffx.hub.artifact import artifact_of
 from diffx.hub.card import make_card
 from diffx.hub.publish import push_to_hub, write_repository
-from diffx.loading import EMBEDDED_STUDENT
+from diffx.loading import EMBEDDED_STUDENT, EMBEDDED_TABLE
 from diffx.objectives import LCM
 from diffx.testing import IMAGE_SIZE, LocalHub, tiny_stable_diffusion
 
@@ -115,6 +115,16 @@ def test_an_adapters_figures_are_its_runs(runs):
     made = artifact_of(runs / "controlnet")
     told = front_matter(str(make_card(made, "me/made", **BASE)))["model-index"][0]["results"][0]["metrics"][0]
     assert told["value"] == made.report["figures"][str(made.report["kept_step"])]["gain"]
+
+
+def test_a_calibrated_table_says_its_errors(tmp_path):
+    table = diffx.Calibrated.from_pretrained(EMBEDDED_TABLE)
+    table.save_pretrained(tmp_path)
+    card = push_to_hub(tmp_path, "me/table", license="mit", dry_run=True).card
+    assert front_matter(card)["tags"] == ["diffusers", "diffx", "scheduler"]
+    assert "6 network calls at guidance 3" in card
+    assert all(f"{stage} {error:.4g}" in card for stage, error in table.calibration.errors.items())
+    assert code(card) == 'import diffx\n\npipe.scheduler = diffx.AutoScheduler.from_pretrained("me/table")\n'
 
 
 def test_a_card_that_is_there_is_the_card():
