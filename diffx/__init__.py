@@ -10,7 +10,9 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from . import guidance, objectives
     from .acceleration import set_attention
     from .calibration import calibrate
+    from .conditioning.attach import Control, attach
     from .conditioning.controlnets import ControlNet
+    from .conditioning.inpaint import SoftInpaint, outpaint
     from .conditioning.ip_adapter import IPAdapter
     from .guidance import guide
     from .hub import AutoScheduler, from_pretrained, push_to_hub, save_pretrained, upgrade
