@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffx
+from diffx.evaluation.samplers import make_sampler
 from diffx.hub.degrade import CLASSES, KEY, degraded, restore
 from diffx.loading import EMBEDDED_TABLE, load_scheduler_config
 from diffx.testing import LocalHub, call_inputs, end_of, tiny_flux, tiny_latent_consistency, tiny_stable_diffusion, tiny_svd
@@ -171,6 +172,12 @@ def test_every_pipeline_that_takes_ours_takes_the_twin():
             assert as_saved(diffx.upgrade(plain).scheduler.config) == as_saved(pipe.scheduler.config)
 
 
+def test_such_a_folder_is_a_sampler_of_ours(saved):
+    root, schedulers, _ = saved
+    sampler = make_sampler(f"{root / 'UniPC'}?solver_order=2", schedulers["UniPC"].config)
+    assert type(sampler) is diffx.UniPC and sampler.config.timestep_spacing == "trailing" and sampler.config.solver_order == 2
+
+
 def test_a_run_in_between_is_no_change(saved):
     root, schedulers, _ = saved
     for name in ("DPMSolverSinglestep", "UniPC on flow", "LCM"):  # the first corrects its own config when it runs
@@ -318,6 +325,7 @@ def _index(folder, **changed):
         ({"unet": ["diffusers", "NoSuchModel"]}, "did not load .*has no class `NoSuchModel`"),
         ({"_class_name": None}, "_class_name is None; the name of a pipeline class belongs there"),
         ({"_class_name": ["../outside", "Pipeline"]}, "the name of a pipeline class belongs there"),
+        ({"size": [32, 32], "_class_name": "NoSuchPipeline"}, "did not load .*NoSuchPipeline"),  # two numbers are an option
         ({"_class_name": "NoSuchPipeline"}, "did not load .*NoSuchPipeline"),
     ],
 )
