@@ -1,8 +1,10 @@
 """AutoScheduler: whatever a folder or repository holds, and a clear error for what it does not."""
 
+import io
 import json
 import re
 import shutil
+import tokenize
 from pathlib import Path
 
 import diffusers
@@ -57,6 +59,18 @@ def test_code_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
     scheduler = load(tmp_path / "one", trust_remote_code=True)
     assert type(scheduler).__name__ == "GradientEstimation" and isinstance(scheduler, diffx.TableScheduler)
     assert (tmp_path / "ran").exists()
+
+
+def test_the_library_trusts_no_code_of_itself():
+    """The flag is passed on where the user has given it, in one place."""
+    trusting = [path.name for path in (ROOT / "diffx").rglob("*.py") if re.search(r"trust_remote_code *= *True[,)]", code_of(path))]
+    assert trusting == ["auto.py"]
+
+
+def code_of(path):
+    """The source without its texts."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return "".join(token.string for token in tokens if token.type not in (tokenize.STRING, tokenize.COMMENT))
 
 
 @pytest.mark.parametrize(
@@ -125,3 +139,44 @@ def test_repositories_and_the_lack_of_them(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"the Hub is out of reach, and scheduler_config\.json of someone/other is not in the cache"):
         load("someone/other", **there)
     assert load("someone/scheduler", **there, revision=first).config.beta_start == 0.00085  # from the cache
+
+
+REFUSED = """
+import json, diffx
+told = {}
+for name, repo_id in {"pickle": "someone/pickle", "index": "someone/index", "code": "someone/code", "private": "someone/private",
+                      "scheduler": "someone/scheduler", "file": "someone/broken"}.items():
+    try:
+        diffx.from_pretrained(repo_id)
+        told[name] = "loaded"
+    except ValueError as error:
+        told[name] = str(error)
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow  # a process of its own
+def test_pipelines_of_repositories_that_are_refused(tmp_path):
+    tiny_stable_diffusion().save_pretrained(tmp_path)
+    files = {file.relative_to(tmp_path).as_posix(): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    index = json.loads(files["model_index.json"])
+
+    def named(**changed):
+        return json.dumps(index | changed).encode()
+
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    with LocalHub() as hub:
+        hub.commit("someone/pickle", {name.replace(weights, weights.replace("safetensors", "bin")): data for name, data in files.items()})
+        hub.commit("someone/index", files | {"model_index.json": named(**{"../unet": ["diffusers", "UNet2DConditionModel"]})})
+        hub.commit("someone/code", files | {"model_index.json": named(_class_name=["mine", "Mine"]), "mine.py": "open('ran', 'w')"})
+        hub.commit("someone/private", files, private=True)
+        hub.commit("someone/scheduler", ROOT / "schedulers" / "sd15")
+        hub.commit("someone/broken", files | {weights: b"no tensors"})
+        told = json.loads(hub.run(REFUSED, cwd=tmp_path).stdout)
+    for name, message in {
+        "pickle": "did not load .*safetensors.*unet", "code": "trust_remote_code=True",
+        "index": "the component '../unet' is no name of a folder", "private": "no repository on the Hub that this token can see", "scheduler": "holds no model_index.json; diffx.AutoScheduler loads",
+        "file": "did not load",
+    }.items():  # fmt: skip
+        assert re.search(message, told[name], re.DOTALL), told[name]
+    assert not (tmp_path / "ran").exists()

@@ -125,20 +125,30 @@ def test_every_folder_keeps_the_contract(folder):
     assert seen.batch_difference < 2e-5
 
 
-def test_everything_published_comes_back_from_a_hub(monkeypatch, tmp_path):
-    """``make publish-dry-run``: private repositories, no file but of the allowed kinds, and code only where it is trusted."""
+@pytest.fixture
+def dry_run(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    script = importlib.import_module("benchmarks.publish_dry_run")
+    return importlib.import_module("benchmarks.publish_dry_run")
+
+
+@pytest.mark.slow  # a process of its own
+def test_everything_published_comes_back_from_a_hub(dry_run, tmp_path):
+    """``make publish-dry-run``: private repositories, and code only where it is trusted."""
     with LocalHub() as hub:
-        found = script.publish(script.folders(), hub, tmp_path)
-    assert {(each.kind, each.name) for each in found} == {(folder.parent.name, folder.name) for folder in script.folders()}
-    assert all(each.fine for each in found), script.table(found)
+        found = dry_run.publish(dry_run.folders(), hub, tmp_path)
+    assert {(each.kind, each.name) for each in found} == {(folder.parent.name, folder.name) for folder in dry_run.folders()}
+    assert all(each.fine for each in found), dry_run.table(found)
     for each in found:
         trusted = each.kind == "pipelines" or (FOLDERS / each.name / "scheduler.py").is_file()
         assert each.note == ("its code, when trusted" if trusted else "no code"), each
-    (tmp_path / "schedulers" / "lcm" / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"schedulers/lcm/weights\.bin may not be published; only \.py, .* files are"):
-        script.files_of(tmp_path / "schedulers" / "lcm")
+
+
+def test_published_folders_hold_what_belongs_on_the_hub(dry_run, tmp_path):
+    for folder in dry_run.folders():
+        assert "README.md" in dry_run.files_of(folder), folder
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"/weights\.bin may not be published; only \.py, .* files are"):
+        dry_run.files_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", TINY)
