@@ -9,31 +9,28 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from diffx.hub.artifact import published_files
 from diffx.testing import LocalHub
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("schedulers", "pipelines")
-ALLOWED = (".py", ".json", ".md", ".safetensors", ".png", ".gif")
 # In a process that knows the LocalHub only: arguments are [kind, name, folder] each.
 CHILD = """
 import json, sys
 import diffusers, diffx
 from diffx.loading import EMBEDDED
-from huggingface_hub import HfApi
 
-told, api = [], HfApi()
+told = []
 for kind, name, folder in json.loads(sys.argv[1]):
     repo_id, loaded, note = f"tester/{name}", None, ""
     try:
-        api.create_repo(repo_id, private=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder)
+        diffx.push_to_hub(folder, repo_id, private=True)
         if kind == "pipelines":
             load = lambda **trust: diffusers.DiffusionPipeline.from_pretrained(EMBEDDED, custom_pipeline=repo_id, **trust)
         else:
@@ -75,40 +72,20 @@ class Published:
         return bool(self.loaded) and self.equal
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that is published, by name.
-
-    Raises:
-        ValueError: one of them does not belong on the Hub.
-    """
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    files = {name: file for name, file in files.items() if "__pycache__" not in name}
-    for name in files:
-        if Path(name).suffix not in ALLOWED:
-            raise ValueError(f"{folder.parent.name}/{folder.name}/{name} may not be published; only {', '.join(ALLOWED)} files are")
-    return {name: file.read_bytes() for name, file in files.items()}
-
-
 def folders(root: Path = ROOT) -> list[Path]:
     """Every folder that is published."""
     return sorted(folder for kind in KINDS for folder in (root / kind).iterdir() if folder.is_dir() and folder.name != "__pycache__")
 
 
-def publish(published: Iterable[Path], hub: LocalHub, scratch: Path) -> list[Published]:
+def publish(published: Iterable[Path], hub: LocalHub) -> list[Published]:
     """Push those folders and load them back.
 
-    Args:
-        scratch: an empty folder, in which copies without left-overs of Python are pushed from.
+    Raises:
+        ValueError: one of them holds a file that does not belong on the Hub.
     """
-    contents = {folder: files_of(folder) for folder in published}
-    work = []
-    for folder, files in contents.items():
-        copy = scratch / folder.parent.name / folder.name
-        for name, data in files.items():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes(data)
-        work.append([folder.parent.name, folder.name, str(copy)])
-    told = json.loads(hub.run(["-c", CHILD, json.dumps(work)], cwd=scratch).stdout)
+    contents = {folder: {name: (folder / name).read_bytes() for name in published_files(folder)} for folder in published}
+    work = [[folder.parent.name, folder.name, str(folder)] for folder in contents]
+    told = json.loads(hub.run(["-c", CHILD, json.dumps(work)]).stdout.splitlines()[-1])
     found = []
     for (folder, files), (loaded, note) in zip(contents.items(), told, strict=True):
         there = {k: v for k, v in hub.files(f"tester/{folder.name}").items() if k != ".gitattributes"}
@@ -129,9 +106,9 @@ def table(found: Iterable[Published]) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    with tempfile.TemporaryDirectory() as scratch, LocalHub() as hub:
+    with LocalHub() as hub:
         try:
-            found = publish(folders(), hub, Path(scratch))
+            found = publish(folders(), hub)
         except ValueError as error:
             sys.exit(str(error))
     print(table(found))
