@@ -22,11 +22,11 @@ from diffx.calibration import PipelineProblem
 from diffx.calibration.learn import distances
 from diffx.evaluation.samplers import make_sampler
 from diffx.families import family_of
+from diffx.hub.artifact import published_files
 from diffx.loading import EMBEDDED_TABLE
 from diffx.oracle import Gaussian
 from diffx.schedulers.one_step import ddim
 from diffx.schedulers.table import State, advance
-from diffx.hub.artifact import published_files
 from diffx.testing import LocalHub, call_inputs, denoise, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion, tiny_svd
 from diffx.testing.matrix import observe
 
