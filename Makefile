@@ -8,7 +8,7 @@ HINTS_STAMP := $(HINTS_VENV)/.installed
 # Small models and two cores: processes beat threads.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-hints lint bench
+.PHONY: demo test test-slow test-hints lint bench publish-dry-run
 
 demo: $(STAMP)  ## sample the embedded model with every sampler; pictures and report in outputs/quickstart
 	$(VENV)/bin/diffx quickstart
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## style, format, types
 bench: $(STAMP)  ## ours beside Diffusers': the cost of one step, and every pipeline with every solver
 	$(VENV)/bin/python benchmarks/step_cost.py
 	$(VENV)/bin/python benchmarks/pipeline_matrix.py
+
+publish-dry-run: $(STAMP)  ## push schedulers/ and pipelines/ to a Hub on this machine, and load all back from it
+	$(VENV)/bin/python benchmarks/publish_dry_run.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -156,7 +156,10 @@ def ip_adapter() -> None:
         pipe.set_ip_adapter_scale(scale)
         made = draw(pipe, asked, shown)
         row["measures"][f"scale {scale:g}"] = judged(references, made)
-    row["measures"]["scale 1, without captions"] = judged(references, draw(pipe, [{"text": ""} for _ in asked], shown))
+    silent = [{"text": ""} for _ in asked]
+    row["measures"]["scale 1, without captions"] = judged(references, draw(pipe, silent, shown))
+    alone = lambda part: {"ip_adapter_image_embeds": [given[part.start : part.stop, None]]}  # noqa: E731
+    row["measures"]["scale 1, without captions, guidance 1"] = judged(references, draw(pipe, silent, alone, guidance_scale=1.0))
     row["measures"]["autoencoder"] = judged(references, through_autoencoder(pipe, asked))
     write_part("ip-adapter", row, references, made)
 

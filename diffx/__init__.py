@@ -10,7 +10,9 @@ if TYPE_CHECKING:  # what __getattr__ serves, for editors and type checkers
     from . import guidance, objectives
     from .acceleration import set_attention
     from .calibration import calibrate
+    from .conditioning.attach import Control, attach
     from .conditioning.controlnets import ControlNet
+    from .conditioning.inpaint import SoftInpaint, outpaint
     from .conditioning.ip_adapter import IPAdapter
     from .guidance import guide
     from .hub import AutoScheduler, from_pretrained, push_to_hub, save_pretrained, upgrade
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AutoScheduler": "diffx.hub",
     "Calibrated": "diffx.schedulers",
+    "Control": "diffx.conditioning.attach",
     "ControlNet": "diffx.conditioning.controlnets",
     "IPAdapter": "diffx.conditioning.ip_adapter",
     "DDIM": "diffx.schedulers",
@@ -56,10 +59,13 @@ _PUBLIC = {
     "TableScheduler": "diffx.schedulers",
     "UniPC": "diffx.schedulers",
     "Trained": "diffx.training.api",
+    "SoftInpaint": "diffx.conditioning.inpaint",
+    "attach": "diffx.conditioning.attach",
     "calibrate": "diffx.calibration",
     "distill": "diffx.training.api",
     "from_pretrained": "diffx.hub",
     "guide": "diffx.guidance",
+    "outpaint": "diffx.conditioning.inpaint",
     "push_to_hub": "diffx.hub",
     "set_attention": "diffx.acceleration",
     "save_pretrained": "diffx.hub",
@@ -67,9 +73,10 @@ _PUBLIC = {
     "upgrade": "diffx.hub",
 }
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "AutoScheduler", "Calibrated", "ControlNet", "DPMSolver", "DPMSolverSinglestep", "Euler",
-    "EulerAncestral", "Heun", "IPAdapter", "Row", "Table", "TableScheduler", "Trained", "UniPC", "calibrate", "distill",
-    "from_pretrained", "guidance", "guide", "objectives", "push_to_hub", "save_pretrained", "set_attention", "train", "upgrade",
+    "DDIM", "DDPM", "DEIS", "LCM", "LMS", "AutoScheduler", "Calibrated", "Control", "ControlNet", "DPMSolver", "DPMSolverSinglestep",
+    "Euler", "EulerAncestral", "Heun", "IPAdapter", "Row", "SoftInpaint", "Table", "TableScheduler", "Trained", "UniPC", "attach",
+    "calibrate", "distill", "from_pretrained", "guidance", "guide", "objectives", "outpaint", "push_to_hub", "save_pretrained",
+    "set_attention", "train", "upgrade",
 ]  # fmt: skip
 
 # Diffusers resolves ["diffx", "UniPC"] of a model_index.json as an attribute of diffusers.pipelines.diffx.

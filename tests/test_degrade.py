@@ -1,6 +1,8 @@
 """Checkpoints for everybody: stock Diffusers without diffx loads them in silence, and diffx finds its scheduler again, bit for bit."""
 
 import json
+import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -9,11 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffx
-from diffx.hub.degrade import CLASSES, KEY, degraded
+from diffx.evaluation.samplers import make_sampler
+from diffx.hub.degrade import CLASSES, KEY, degraded, restore
 from diffx.loading import EMBEDDED_TABLE, load_scheduler_config
 from diffx.testing import LocalHub, call_inputs, end_of, tiny_flux, tiny_latent_consistency, tiny_stable_diffusion, tiny_svd
 from diffx.testing.matrix import CASES, SOLVERS
 
+GRADIENT_ESTIMATION = Path(__file__).parent.parent / "schedulers" / "gradient_estimation"
 TABLE = json.loads((EMBEDDED_TABLE / "scheduler_config.json").read_text())
 # Every class, with options that its stock twin lacks or means otherwise, and both kinds of model.
 SAVED = {
@@ -53,7 +57,11 @@ with warnings.catch_warnings(record=True) as caught:
     # Python shows those to nobody but the author of the code.
     told = [str(each.message) for each in caught if not issubclass(each.category, DeprecationWarning)]
 assert not [name for name in sys.modules if name.startswith("diffx") and sys.modules[name]]
-print(json.dumps({"warnings": told, "log": log.getvalue()}))
+try:
+    DiffusionPipeline.from_pretrained("custom", trust_remote_code=True)
+except ImportError as error:
+    custom = str(error)
+print(json.dumps({"warnings": told, "log": log.getvalue(), "custom": custom}))
 """
 
 
@@ -77,7 +85,11 @@ def saved(tmp_path_factory):
         diffx.save_pretrained(pipe, root / name)
         assert pipe.scheduler is schedulers[name]
     with LocalHub() as hub:
-        said = json.loads(hub.run(["-c", STRANGER, *SAVED], cwd=root, without=("diffx",)).stdout)
+        shutil.copytree(root / "DDIM", root / "custom", ignore=shutil.ignore_patterns("scheduler"))
+        shutil.copytree(GRADIENT_ESTIMATION, root / "custom" / "scheduler")
+        _index(root / "custom", scheduler=["scheduler", "GradientEstimation"])
+        done = hub.run(["-c", STRANGER, *SAVED], cwd=root, without=("diffx",))
+    said = json.loads(done.stdout) | {"output": done.stdout + done.stderr}
     return root, schedulers, said
 
 
@@ -87,7 +99,14 @@ def test_every_class_is_among_them():
 
 def test_without_diffx_they_load_in_silence(saved):
     _, _, said = saved
-    assert said == {"warnings": [], "log": ""}
+    assert said["warnings"] == [] and said["log"] == ""
+
+
+def test_without_diffx_published_code_says_where_diffx_comes_from(saved):
+    """Diffusers would tell to install the package that has this name on PyPI, a stranger's, were the import not guarded."""
+    _, _, said = saved
+    assert said["custom"].startswith("this scheduler needs diffx, which is installed from a clone of its repository")
+    assert "install diffx" not in said["output"]
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -108,22 +127,30 @@ def test_after_loading_and_saving_elsewhere_ours_comes_back_bit_for_bit(saved, n
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_a_change_in_between_is_named_and_kept(saved, name):
+def test_a_change_in_between_is_named_and_can_be_undone(saved, name):
     root, schedulers, _ = saved
-    pipe = degraded(_with(SAVED[name][0](), schedulers[name]))
-    was = type(pipe.scheduler)
-    for folder, said in ((f"{name} swapped", f"it is .*, was {was.__name__}"), (f"{name} changed", "(prediction_type|shift) is .*, was ")):
+    was = json.loads((root / name / "model_index.json").read_text())["scheduler"][1]
+    for folder, said in ((f"{name} swapped", f"it is .*, was {was}"), (f"{name} changed", "(prediction_type|shift) is .*, was ")):
         config = json.loads((root / folder / "scheduler_config.json").read_text())
         changed = getattr(diffusers, config["_class_name"]).from_pretrained(root / folder)
-        if "swapped" in folder and type(changed) is was:
+        if "swapped" in folder and type(changed).__name__ == was:
             continue
-        pipe.scheduler = changed
         with pytest.raises(ValueError, match=f"changed since diffx.save_pretrained wrote it: .*{said}") as error:
-            diffx.upgrade(pipe)
-        assert f"pipe.scheduler = diffx.{CLASSES[type(schedulers[name]).__name__].__name__}.from_config" in str(error.value)
-        assert pipe.scheduler is changed
-        diffx.upgrade(pipe, force=True)
-        assert as_saved(pipe.scheduler.config) == as_saved(schedulers[name].config)
+            restore(changed)
+        assert f"pipe.scheduler = diffx.{type(schedulers[name]).__name__}.from_config" in str(error.value)
+        restored = restore(changed, force=True)
+        assert type(restored) is type(schedulers[name]) and as_saved(restored.config) == as_saved(schedulers[name].config)
+
+
+def test_a_refused_upgrade_leaves_the_pipeline_as_it_is(saved):
+    root, schedulers, _ = saved
+    pipe = DiffusionPipeline.from_pretrained(root / "UniPC")
+    pipe.scheduler = changed = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="it is EulerDiscreteScheduler, was UniPCMultistepScheduler"):
+        diffx.upgrade(pipe)
+    assert pipe.scheduler is changed
+    diffx.upgrade(pipe, force=True)
+    assert as_saved(pipe.scheduler.config) == as_saved(schedulers["UniPC"].config)
 
 
 def _with(pipe, scheduler):
@@ -143,6 +170,12 @@ def test_every_pipeline_that_takes_ours_takes_the_twin():
             assert type(plain.scheduler).__module__.startswith("diffusers."), (case.name, solver.name)
             assert made_by(plain).isfinite().all(), (case.name, solver.name)
             assert as_saved(diffx.upgrade(plain).scheduler.config) == as_saved(pipe.scheduler.config)
+
+
+def test_such_a_folder_is_a_sampler_of_ours(saved):
+    root, schedulers, _ = saved
+    sampler = make_sampler(f"{root / 'UniPC'}?solver_order=2", schedulers["UniPC"].config)
+    assert type(sampler) is diffx.UniPC and sampler.config.timestep_spacing == "trailing" and sampler.config.solver_order == 2
 
 
 def test_a_run_in_between_is_no_change(saved):
@@ -292,6 +325,7 @@ def _index(folder, **changed):
         ({"unet": ["diffusers", "NoSuchModel"]}, "did not load .*has no class `NoSuchModel`"),
         ({"_class_name": None}, "_class_name is None; the name of a pipeline class belongs there"),
         ({"_class_name": ["../outside", "Pipeline"]}, "the name of a pipeline class belongs there"),
+        ({"size": [32, 32], "_class_name": "NoSuchPipeline"}, "did not load .*NoSuchPipeline"),  # two numbers are an option
         ({"_class_name": "NoSuchPipeline"}, "did not load .*NoSuchPipeline"),
     ],
 )

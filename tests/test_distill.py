@@ -57,6 +57,7 @@ def test_a_run_with_other_settings_is_refused_by_what_differs(tmp_path):
     ("arguments", "options", "message"),
     [
         ((METHOD, ["one"]), dict(train_step=2), "unknown option 'train_step'; did you mean 'train_steps'"),
+        ((METHOD, ["one"]), dict(lora_ranks=2), "unknown option 'lora_ranks'; did you mean 'lora_rank'"),
         ((diffx.LCM(), ["one"]), {}, "is no training method"),
         ((diffx.objectives.Diffusion(), ["one"]), {}, "Diffusion has no teacher"),
         ((METHOD, ["one"]), dict(lora_alpha=4.0), "lora_alpha=4.0 without lora_rank"),

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TESTED = ("calibrate", "conditions", "few_steps", "write_a_solver")
+TESTED = ("calibrate", "conditions", "few_steps", "publish_and_load", "write_a_solver")
 SHOWN = ("conditions", "few_steps")  # committed with the outputs of a whole run, for those who only read: pictures are their point
 MOST_BYTES = 600_000  # of a notebook with its pictures
 
@@ -114,6 +114,23 @@ def test_conditions_are_followed(tmp_path):
     # Measured: 24 beside 8 without, and 18 with guidance; yellow has more red than blue, and blue less.
     assert gains["with"] > gains["without"] + 7 and gains["with"] > gains["below sigma 1"] > gains["guidance 3"]
     assert reds["left"] - blues["left"] > 15 and reds["right"] - blues["right"] < -10
+
+
+def test_publish_and_load(tmp_path):
+    printed, pictures = executed("publish_and_load", tmp_path, ("num_images=48", "num_images=8"))
+    assert all(
+        sentence in printed
+        for sentence in (
+            "base_model: tester/emoji",
+            "on the Hub: .gitattributes, README.md, call_kwargs.json, pytorch_lora_weights.safetensors",
+            "without diffx: UniPCMultistepScheduler with 0 warnings",
+            "with diffx: UniPC with ays_sd",
+            "the same config, to the letter: True",
+            "refused: the scheduler was changed since diffx.save_pretrained wrote it: it is EulerDiscreteScheduler",
+            "refused: 'optimizer.pt' in 'student' is a pickle",
+        )
+    )
+    assert pictures == 1
 
 
 def test_every_notebook_is_tested():

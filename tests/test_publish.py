@@ -1,12 +1,14 @@
 """What is published: which files, under which card, and that the card's own lines load it in stock Diffusers."""
 
 import json
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from adapter_parts import clip, picture
+from diffusers import LCMScheduler
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -17,11 +19,12 @@ from diffx.evaluation.pictures import PictureTensor
 from diffx.hub.artifact import artifact_of
 from diffx.hub.card import make_card
 from diffx.hub.publish import push_to_hub, write_repository
-from diffx.loading import EMBEDDED_STUDENT
+from diffx.loading import EMBEDDED_STUDENT, EMBEDDED_TABLE
 from diffx.objectives import LCM
-from diffx.testing import IMAGE_SIZE, tiny_stable_diffusion
+from diffx.testing import IMAGE_SIZE, LocalHub, tiny_stable_diffusion
 
 SMALL = dict(train_steps=2, batch_size=2, resolution=IMAGE_SIZE, progress=False, device="cpu")
+NAMES = ("lora", "whole", "controlnet", "ip-adapter")
 BASE = dict(base_model="tester/base", license="apache-2.0")
 
 
@@ -114,6 +117,16 @@ def test_an_adapters_figures_are_its_runs(runs):
     assert told["value"] == made.report["figures"][str(made.report["kept_step"])]["gain"]
 
 
+def test_a_calibrated_table_says_its_errors(tmp_path):
+    table = diffx.Calibrated.from_pretrained(EMBEDDED_TABLE)
+    table.save_pretrained(tmp_path)
+    card = push_to_hub(tmp_path, "me/table", license="mit", dry_run=True).card
+    assert front_matter(card)["tags"] == ["diffusers", "diffx", "scheduler"]
+    assert "6 network calls at guidance 3" in card
+    assert all(f"{stage} {error:.4g}" in card for stage, error in table.calibration.errors.items())
+    assert code(card) == 'import diffx\n\npipe.scheduler = diffx.AutoScheduler.from_pretrained("me/table")\n'
+
+
 def test_a_card_that_is_there_is_the_card():
     made = push_to_hub("emoji_progressive_4", "me/made", dry_run=True)
     assert made.card == (EMBEDDED_STUDENT / "README.md").read_text() and made.url is None
@@ -193,3 +206,96 @@ def test_the_command_shows_what_it_would_upload(runs):
     assert shown.exit_code == 0 and "pytorch_lora_weights.safetensors" in shown.output and "nothing was uploaded" in shown.output
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
     assert told["url"] is None and front_matter(told["card"])["base_model"] == "tester/base"
+
+
+# On the Hub
+
+SNIPPETS = """
+import json, re, sys
+import torch
+from huggingface_hub import ModelCard
+
+assert "diffx" in sys.modules and sys.modules["diffx"] is None  # cannot be imported here
+sums = {}
+for name in json.loads(sys.argv[1]):
+    code = re.search(r"```python\\n(.*?)```", ModelCard.load(f"tester/{name}").content, re.S)[1]
+    torch.manual_seed(0)
+    space = {}
+    exec(code.replace(".images[0]", "").replace("image = pipe(", "image = pipe(output_type='latent', prompt="), space)
+    sums[name] = space["image"].images.double().sum().item()
+print(json.dumps(sums))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(runs):
+    """A Hub that has the base model, with its card, and every run, pushed from one process."""
+    with LocalHub() as hub:
+        hub.commit("tester/base", runs / "base")
+        commands = [["push", str(runs / name), f"tester/{name}", "--base-model", "tester/base", "--private"] for name in NAMES]
+        code = f"""
+            import json, sys
+            from typer.testing import CliRunner
+            from diffx.cli import app
+            for words in {commands!r}:
+                done = CliRunner().invoke(app, words)
+                assert done.exit_code == 0, done.output
+                print(done.output)
+        """
+        hub.said = hub.run(textwrap.dedent(code)).stdout
+        yield hub
+
+
+def test_the_cards_lines_load_it_in_stock_diffusers(hub, runs):
+    done = hub.run(["-c", SNIPPETS, json.dumps(NAMES)], without=("diffx",))
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(np.isfinite(value) for value in found.values()) and len({round(value, 3) for value in found.values()}) == len(NAMES)
+    made = artifact_of(runs / "lora")
+    pipe = tiny_stable_diffusion()
+    pipe.load_lora_weights(made.folder)
+    pipe.scheduler = LCMScheduler.from_pretrained(made.folder, subfolder="scheduler")
+    torch.manual_seed(0)
+    mine = pipe("one", output_type="latent", **made.call_kwargs).images
+    assert found["lora"] == mine.double().sum().item()
+
+
+def test_what_lies_on_the_hub_is_what_was_shown_and_private(hub, runs):
+    for name in NAMES:
+        made = push_to_hub(runs / name, f"tester/{name}", base_model="tester/base", license="openrail", dry_run=True)
+        there = {file: len(data) for file, data in hub.files(f"tester/{name}").items() if file != ".gitattributes"}
+        assert there == dict(made.files)
+        assert hub.repository(f"tester/{name}").private
+
+
+def test_no_token_is_written_or_said(hub):
+    assert hub.token not in hub.said
+    for name in NAMES:
+        assert not any(hub.token.encode() in data for data in hub.files(f"tester/{name}").values())
+
+
+def test_a_broken_push_changes_nothing_and_the_same_call_tries_again(hub, runs):
+    push = """
+import diffx
+from diffx.testing import tiny_stable_diffusion
+pipe = tiny_stable_diffusion()
+pipe.scheduler = diffx.UniPC.from_config(pipe.scheduler.config)
+try:
+    print(diffx.push_to_hub(pipe, "tester/pipe", license="mit", revision="next").url)
+except ValueError as error:
+    print("refused:", error)
+"""
+    hub.break_uploads()  # the weights are there already, as the base model's
+    first = hub.run(push, check=False)
+    assert "refused: tester/pipe was not published, and nothing in it has changed" in first.stdout
+    assert set(hub.files("tester/pipe", "next")) == {".gitattributes"}
+    hub.repair()
+    again = hub.run(push)
+    assert "/tester/pipe/" in again.stdout
+    files = hub.files("tester/pipe", "next")
+    assert "README.md" in files and json.loads(files["scheduler/scheduler_config.json"])["_class_name"] == "UniPCMultistepScheduler"
+    assert set(hub.files("tester/pipe")) == {".gitattributes"}  # the other branch
+
+
+def test_a_hub_out_of_reach_is_said_in_one_line(runs):
+    with pytest.raises(ValueError, match=r"tester/whole was not published, and nothing in it has changed .*OfflineModeIsEnabled"):
+        push_to_hub(runs / "whole", "tester/whole", license="mit")  # all tests run offline

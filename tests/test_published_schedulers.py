@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import diffusers.utils.dynamic_modules_utils
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,14 @@ import diffx
 from diffx.calibration import PipelineProblem
 from diffx.calibration.learn import distances
 from diffx.evaluation.samplers import make_sampler
+from diffx.families import family_of
+from diffx.hub.artifact import published_files
 from diffx.loading import EMBEDDED_TABLE
 from diffx.oracle import Gaussian
 from diffx.schedulers.one_step import ddim
 from diffx.schedulers.table import State, advance
-from diffx.testing import call_inputs, denoise, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion
+from diffx.testing import LocalHub, call_inputs, denoise, tiny_flux, tiny_sd3, tiny_sdxl, tiny_stable_diffusion, tiny_svd
+from diffx.testing.matrix import observe
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ROOT / "schedulers"
@@ -47,6 +52,15 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 
+# What sampling a student takes, and the method that exports it for models with these betas.
+STUDENTS = {
+    "lcm": (tiny_stable_diffusion, diffx.objectives.LCM(calls=4)),
+    "progressive": (tiny_sdxl, diffx.objectives.Progressive(start=16, end=4)),
+}
+# Every folder, and a pipeline of its family.
+IN_PIPELINES = TINY | {name: build for name, (build, _) in STUDENTS.items()}
+IN_PIPELINES |= {"svd": tiny_svd, "emoji": tiny_stable_diffusion, "gradient_estimation": tiny_stable_diffusion}
+
 
 def card(name):
     return (FOLDERS / name / "README.md").read_text()
@@ -67,7 +81,7 @@ def prepared(scheduler, steps=8):
 
 
 def test_every_family_has_a_recipe():
-    assert RECIPES == sorted([*PUBLISHED, "emoji"])
+    assert RECIPES == sorted([*PUBLISHED, *STUDENTS, "emoji"])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -82,6 +96,57 @@ def test_a_recipe_holds_the_published_numbers(name):
 def test_the_embedded_recipe_is_the_process_of_the_embedded_model(embedded):
     ours, own = diffx.UniPC.from_pretrained(FOLDERS / "emoji"), diffx.UniPC.from_config(embedded.scheduler.config)
     assert str(prepared(ours).plan()) == str(prepared(own).plan())
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_students_recipe_is_what_its_method_exports(name):
+    build, method = STUDENTS[name]
+    pipe = build()
+    family = family_of(pipe)
+    exported = method.settled(family, lora=True).inference(family).scheduler
+    recipe = diffx.AutoScheduler.from_pretrained(FOLDERS / name)
+    assert type(recipe) is type(exported)
+    public = [{key: value for key, value in each.config.items() if key[0] != "_"} for each in (recipe, exported)]
+    assert public[0] == public[1]
+    exec(re.search(r"```python\n(.*?)```", card(name), re.DOTALL).group(1).replace('"schedulers/', f'"{FOLDERS}/'), {"pipe": pipe})
+    assert type(pipe.scheduler) is type(exported)
+    for calls in (1, 2, 4, 8):
+        pipe.scheduler.set_timesteps(calls)
+        assert len(pipe.scheduler.timesteps) == calls and pipe.scheduler.timesteps[0] == 999
+
+
+@pytest.mark.parametrize("folder", sorted(folder.name for folder in FOLDERS.iterdir() if folder.is_dir()))
+def test_every_folder_keeps_the_contract(folder):
+    """What ``tests/test_matrix.py`` asks of every class: finite, the same again, another for another seed, alone as in a batch."""
+    pipe = IN_PIPELINES[folder]()
+    scheduler = diffx.AutoScheduler.from_pretrained(FOLDERS / folder, trust_remote_code=(FOLDERS / folder / "scheduler.py").is_file())
+    seen = observe(pipe, scheduler, num_inference_steps=3)
+    assert seen.finite and seen.repeats and seen.seeded
+    # Another batch size is another order of sums in the network: float32, passed on three times (measured: up to 2e-6).
+    assert seen.batch_difference < 2e-5
+
+
+@pytest.fixture
+def dry_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.publish_dry_run")
+
+
+@pytest.mark.slow  # a process of its own
+def test_everything_published_comes_back_from_a_hub(dry_run):
+    """``make publish-dry-run``: private repositories, and code only where it is trusted."""
+    with LocalHub() as hub:
+        found = dry_run.publish(dry_run.folders(), hub)
+    assert {(each.kind, each.name) for each in found} == {(folder.parent.name, folder.name) for folder in dry_run.folders()}
+    assert all(each.fine for each in found), dry_run.table(found)
+    for each in found:
+        trusted = each.kind == "pipelines" or (FOLDERS / each.name / "scheduler.py").is_file()
+        assert each.note == ("its code, when trusted" if trusted else "no code"), each
+
+
+def test_published_folders_hold_what_belongs_on_the_hub(dry_run):
+    for folder in dry_run.folders():
+        assert "README.md" in published_files(folder), folder
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -300,6 +365,25 @@ def test_without_diffx_the_component_says_where_it_comes_from(monkeypatch):
     with pytest.raises(ImportError, match="needs diffx, which is installed from a clone of its repository"):
         exec(compile(source, "scheduler.py", "exec"), {"__name__": "scheduler"})
     assert len(source.splitlines()) < 50  # the point of the example is its size
+
+
+CODE = sorted([*ROOT.glob("schedulers/*/scheduler.py"), *ROOT.glob("pipelines/*/pipeline.py")])
+
+
+@pytest.mark.parametrize("file", CODE, ids=[file.parent.name for file in CODE])
+def test_diffusers_does_not_tell_to_install_a_strangers_package(file, monkeypatch, caplog, tmp_path):
+    """It reads the imports of a published file, guarded or not, and says ``pip install`` for each that is missing."""
+    monkeypatch.setitem(sys.modules, "diffx", None)
+    caplog.set_level("WARNING", logger="diffusers")
+    logging.getLogger("diffusers").addHandler(caplog.handler)  # whose logger tells nobody above it
+    try:
+        diffusers.utils.dynamic_modules_utils.check_imports(file)
+        assert not caplog.messages
+        (tmp_path / "file.py").write_text("import diffx\n")
+        diffusers.utils.dynamic_modules_utils.check_imports(tmp_path / "file.py")
+        assert "pip install" in caplog.text  # the accepted neighbour: this is how it would be seen
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
 
 
 def test_contributing_shows_the_component_as_it_is():

@@ -53,6 +53,11 @@ def make_sampler(spec: str, config: Mapping[str, Any]) -> SchedulerMixin:
     if saved_class not in known and STOCK + str(saved_class) not in known:
         raise ValueError(f"sampler {source!r}: its class {saved_class!r} is no scheduler of Diffusers or diffx, and no other code is run")
     cls = known[saved_class] if saved_class in known else known[STOCK + saved_class]
+    if saved_class not in known and "_diffx" in saved:  # written by diffx.save_pretrained: ours is meant
+        from ..hub.degrade import restore
+
+        ours = restore(_build(cls, saved, {}, spec))
+        cls, saved = type(ours), dict(ours.config)
     if is_flow(saved) != is_flow(config):
         raise ValueError(f"sampler {source!r} is for models of {_kind(saved)}, this one has {_kind(config)}")
     for key in PROCESS_KEYS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,13 @@ import yaml
 from ..conditioning.adapter import DESCRIPTION
 from ..loading import CALL_KWARGS, EMBEDDED_SAMPLERS
 from ..training.api import SHOWN
+from .repository import PICKLES, read_object
 
 Kind = Literal["pipeline", "lora", "controlnet", "ip-adapter", "scheduler", "custom pipeline"]
 ADAPTERS = ("lora", "controlnet", "ip-adapter")  # that are loaded beside a model
 PUBLISHED = (".py", ".json", ".md", ".safetensors", ".png", ".gif")
 OF_TOKENIZERS = (".txt", ".model")  # in a folder of that name
 SAMPLES = "samples.png"  # beside a card
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Artifact:
         return file if self.run and (file := self.run / SHOWN).is_file() else None
 
     def read(self, name: str) -> Any:
-        """The content of one of its JSON files."""
-        return json.loads((self.folder / name).read_text())
+        """The content of one of its JSON files; raises ValueError where it has none."""
+        return read_object(self.folder / name)
 
 
 def artifact_of(source: str | Path) -> Artifact:
@@ -77,10 +76,10 @@ def artifact_of(source: str | Path) -> Artifact:
         folder,
         _kind(folder, files),
         files,
-        json.loads((folder / CALL_KWARGS).read_text()) if CALL_KWARGS in files else {},
+        read_object(folder / CALL_KWARGS) if CALL_KWARGS in files else {},
         run,
         yaml.safe_load((run / "run.yaml").read_text()) if run else {},
-        json.loads((run / "report.json").read_text()) if run and (run / "report.json").is_file() else {},
+        read_object(run / "report.json") if run and (run / "report.json").is_file() else {},
     )
 
 
@@ -107,7 +106,7 @@ def published_files(folder: Path) -> tuple[str, ...]:
 
 def _kind(folder: Path, files: tuple[str, ...]) -> Kind:
     if DESCRIPTION in files:
-        return "controlnet" if json.loads((folder / DESCRIPTION).read_text())["adapter"]["name"] == "ControlNet" else "ip-adapter"
+        return "controlnet" if read_object(folder / DESCRIPTION).get("adapter", {}).get("name") == "ControlNet" else "ip-adapter"
     if "pytorch_lora_weights.safetensors" in files:
         return "lora"
     if "model_index.json" in files:

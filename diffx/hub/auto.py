@@ -55,7 +55,9 @@ class AutoScheduler:
             raise ValueError(f"{SCHEDULER_CONFIG_NAME} of {str(source)!r}: _class_name is {name!r}; the name of a class belongs there")
         kind = CLASSES.get(name) or getattr(diffusers, name, None) or cls._from_code(source, name, file, trust_remote_code, options)
         if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-            raise ValueError(f"{SCHEDULER_CONFIG_NAME} of {str(source)!r}: {name} is not a scheduler")
+            raise ValueError(
+                f"{SCHEDULER_CONFIG_NAME} of {str(source)!r}: {name} is not a scheduler, or one whose packages are not installed"
+            )
         scheduler = _made(kind, config)
         return restore(scheduler) if KEY in config and name not in CLASSES else scheduler
 

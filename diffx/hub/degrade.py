@@ -194,7 +194,7 @@ def _made(cls: Any, config: Mapping[str, Any]) -> Any:
     # Keys of other stock classes ride along for later swaps, where the class lets them.
     known = {key for each in cls._compatibles for key in inspect.signature(getattr(diffusers, each).__init__).parameters}
     try:
-        scheduler = cls.from_config({key: value for key, value in given.items() if key in init or key in known})
+        scheduler: Any = cls.from_config({key: value for key, value in given.items() if key in init or key in known})
         # A number that no order divides: at such a one Diffusers' single-step solvers correct their config.
         scheduler.set_timesteps(5, **({"mu": 1.0} if by_sigmas and config.get("use_dynamic_shifting") else {}))
     except (ValueError, NotImplementedError, TypeError, AssertionError):  # an option whose value this class refuses

@@ -77,6 +77,13 @@ def measured(made: Artifact, report: Mapping[str, Any] | None) -> str:
             + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             + " (*true* is the likeness of samples to what they were shown, *shuffled* to what others were shown, *gain* the difference)."
         )
+    if told := _calibration(made):
+        errors = ", ".join(f"{stage} {error:.4g}" for stage, error in told["errors"].items())
+        parts.append(
+            f"A table of {len(told['timesteps'])} network calls at guidance {told['guidance_scale']:g}. Distance to many-step runs of the "
+            f"model, on prompts and noises that it was not learned from, by stage of the calibration: {errors}. *search* is the best "
+            "solver that needs no learning."
+        )
     return "\n\n".join(parts) or "Nothing was measured when this was published."
 
 
@@ -102,6 +109,11 @@ def _table(made: Artifact, report: Mapping[str, Any]) -> str:
 def _is(sampler: str, made: Artifact) -> bool:
     """Whether a row of an evaluation is of this very folder."""
     return Path(split_count(sampler)[0]).expanduser().resolve() == made.folder.resolve()
+
+
+def _calibration(made: Artifact) -> Mapping[str, Any]:
+    """What a calibrated scheduler says of itself."""
+    return made.read("scheduler_config.json").get("calibration") or {} if made.kind == "scheduler" else {}
 
 
 def _figures(made: Artifact) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import replacing
@@ -97,7 +97,7 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
                 commit_message=commit_message or f"Publish {made.kind} with diffx",
             )  # fmt: skip
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # each layer of the network has an exception class of its own; for the user they are one thing
             raise ValueError(
                 f"{repo_id} was not published, and nothing in it has changed ({type(error).__name__}: {_first_line(error)}); the same call "
                 "tries again. Where the Hub asks who you are: `hf auth login`, with a token that may write"

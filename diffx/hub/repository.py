@@ -81,11 +81,11 @@ def check_index(index: Mapping[str, Any]) -> None:
     if not all(isinstance(each, str) and NAME.fullmatch(each) for each in named):
         raise ValueError(f"model_index.json: _class_name is {told!r}; the name of a pipeline class belongs there")
     for name, value in index.items():
-        if not isinstance(value, list) or name.startswith("_"):
-            continue
+        if name.startswith("_") or not (isinstance(value, list) and any(isinstance(each, str) for each in value)):
+            continue  # an option of the pipeline
         if not NAME.fullmatch(name):
             raise ValueError(f"model_index.json: the component {name!r} is no name of a folder beside it, and is not read")
-        if len(value) == 2 and not all(each is None or (isinstance(each, str) and MODULE.fullmatch(each)) for each in value):
+        if not all(each is None or (isinstance(each, str) and MODULE.fullmatch(each)) for each in value):
             raise ValueError(f"model_index.json: the component {name!r} has {value!r} where a library and a class belong")
 
 

@@ -93,8 +93,9 @@ class LocalHub:
             home: its cache, by default one that all processes of this Hub share.
             without: modules that cannot be imported there, such as ("diffx",).
         """
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and not k.lower().endswith("_proxy")}
-        paths = [str(self.folder / "guard"), str(Path(__file__).parents[2]), kept.get("PYTHONPATH", "")]
+        ours = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
+        paths = [str(self.folder / "guard"), kept.get("PYTHONPATH", ""), str(Path(__file__).parents[2])]
         given = self.token if token == "" else token
         return kept | ({"HF_TOKEN": given} if given else {}) | {
             "HF_ENDPOINT": self.url,
@@ -110,24 +111,25 @@ class LocalHub:
         self,
         what: str | Sequence[str | Path],
         *,
-        check: bool = True,
+        token: str | None = "",
+        home: str | Path | None = None,
+        without: Sequence[str] = (),
         cwd: str | Path | None = None,
         timeout: float = 600,
-        **environment: object,
+        check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """What came of Python code, or of arguments to Python such as ["-m", "diffx", "sample"], in a process that knows this Hub only.
 
         Args:
-            environment: as of ``environment``.
+            token, home, without: as of ``environment``.
+            check: raise where it fails.
 
         Raises:
             RuntimeError: it failed and ``check`` is set; the message is all that it wrote.
         """
         arguments = ["-c", what] if isinstance(what, str) else [str(each) for each in what]
-        known: dict = environment
-        done = subprocess.run(
-            [sys.executable, *arguments], env=self.environment(**known), cwd=cwd, timeout=timeout, capture_output=True, text=True
-        )
+        environment = self.environment(token=token, home=home, without=without)
+        done = subprocess.run([sys.executable, *arguments], env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True)
         if check and done.returncode:
             raise RuntimeError(f"Python ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
