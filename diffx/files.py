@@ -28,7 +28,7 @@ def replacing(folder: Path, *, keep: bool = False) -> Iterator[Path]:
         if keep and folder.exists():
             for other in folder.iterdir():
                 if not (made / other.name).exists():
-                    _copy(other, made / other.name)
+                    _take_along(other, made / other.name)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -41,8 +41,15 @@ def replacing(folder: Path, *, keep: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _take_along(source: Path, target: Path) -> None:
     if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True)
+        shutil.copytree(source, target, symlinks=True, copy_function=_link)
     else:
+        _link(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)  # no second copy of large files: the first goes away
+    except OSError:  # a file system without links
         shutil.copy2(source, target, follow_symlinks=False)

@@ -174,9 +174,12 @@ def test_pipelines_of_repositories_that_are_refused(tmp_path):
         hub.commit("someone/broken", files | {weights: b"no tensors"})
         told = json.loads(hub.run(REFUSED, cwd=tmp_path).stdout)
     for name, message in {
-        "pickle": "did not load .*safetensors.*unet", "code": "trust_remote_code=True",
-        "index": "the component '../unet' is no name of a folder", "private": "no repository on the Hub that this token can see",
-        "scheduler": "holds no model_index.json; diffx.AutoScheduler loads", "file": "did not load",
-    }.items():  # fmt: skip
+        "pickle": "did not load .*safetensors.*unet",
+        "index": "the component '../unet' is no name of a folder",
+        "code": "trust_remote_code=True",
+        "private": "no repository on the Hub that this token can see",
+        "scheduler": "holds no model_index.json; diffx.AutoScheduler loads",
+        "file": "did not load",
+    }.items():
         assert re.search(message, told[name], re.DOTALL), told[name]
     assert not (tmp_path / "ran").exists()

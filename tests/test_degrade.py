@@ -224,8 +224,9 @@ def test_a_stock_scheduler_is_saved_as_diffusers_saves_it(tmp_path):
 
 def test_a_second_save_forgets_the_first_and_keeps_what_else_is_there(tmp_path):
     pipe = _with(tiny_stable_diffusion(), diffx.UniPC.from_config(load_scheduler_config()))
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pictures").mkdir(parents=True)
     (tmp_path / "model" / "README.md").write_text("a card")
+    (tmp_path / "model" / "pictures" / "a.png").write_bytes(b"a")
     diffx.save_pretrained(pipe, tmp_path / "model")
     plain = DiffusionPipeline.from_pretrained(tmp_path / "model")
     plain.scheduler = diffx.DDIM.from_config(plain.scheduler.config)  # carries the private key along
@@ -233,6 +234,7 @@ def test_a_second_save_forgets_the_first_and_keeps_what_else_is_there(tmp_path):
     entry = json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text())[KEY]
     assert entry["class"] == "DDIM" and KEY not in entry["config"]
     assert (tmp_path / "model" / "README.md").read_text() == "a card"
+    assert (tmp_path / "model" / "pictures" / "a.png").read_bytes() == b"a"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -298,6 +300,8 @@ def test_what_cannot_be_saved_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; give a folder"):
         diffx.save_pretrained(tiny_stable_diffusion(), tmp_path / "file")
+    with pytest.raises(ValueError, match="is where this process works"):
+        diffx.save_pretrained(tiny_stable_diffusion(), ".")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

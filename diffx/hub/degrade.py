@@ -71,6 +71,8 @@ def save_pretrained(pipe: DiffusionPipeline, folder: str | Path, **options: Any)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder")
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{str(folder)!r} is where this process works, and a folder is replaced as a whole; give one inside it")
     plain = degraded(pipe)
     with replacing(folder, keep=True) as scratch:
         plain.save_pretrained(scratch, **options)
