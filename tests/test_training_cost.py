@@ -14,11 +14,13 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 from torch import nn
 
+from diffx import ControlNet
 from diffx.families import family_of
-from diffx.objectives import LCM
+from diffx.objectives import LCM, Diffusion
 from diffx.objectives.objective import Batch, Moment
 from diffx.testing import IMAGE_SIZE, tiny_sdxl, tiny_stable_diffusion
 from diffx.training.config import TrainConfig
+from diffx.training.draws import Draws
 from diffx.training.loop import Training
 from diffx.training.networks import Lora, Networks, use_adapter
 from diffx.training.sheet import pictures
@@ -137,6 +139,64 @@ def test_the_loss_and_its_gradient_are_those_of_diffusers_script(cheap):
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
     gradients = [torch.cat([named[name].grad.flatten() for name in theirs]) for named in (ours, theirs)]
     assert relative(*gradients) < 1e-4  # the distance bends within 0.001 of zero: its slope has roundings 1,000 times as large
+
+
+# The same of examples/controlnet/train_controlnet.py, of that commit.
+
+
+def control_script_loss(unet, controlnet, noise_scheduler, latents, noise, timesteps, encoder_hidden_states, controlnet_image):
+    noisy_latents = noise_scheduler.add_noise(latents.float(), noise.float(), timesteps)
+    down_block_res_samples, mid_block_res_sample = controlnet(
+        noisy_latents, timesteps, encoder_hidden_states=encoder_hidden_states, controlnet_cond=controlnet_image, return_dict=False
+    )
+    model_pred = unet(
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states=encoder_hidden_states,
+        down_block_additional_residuals=down_block_res_samples,
+        mid_block_additional_residual=mid_block_res_sample,
+        return_dict=False,
+    )[0]
+    return torch.nn.functional.mse_loss(model_pred.float(), noise.float(), reduction="mean")
+
+
+class GivenTimes(Draws):
+    """Draws of that noise and those train times of 1,000."""
+
+    def __init__(self, noise, times):
+        super().__init__(0, 0, range(len(noise)))
+        self.noise, self.times = noise, times
+
+    def normal(self, name, like):
+        return self.noise
+
+    def uniform(self, name, low=0.0, high=1.0):
+        return (self.times.double().numpy() + 0.5) / 1000 if name == "time" else super().uniform(name, low, high)
+
+
+def test_a_controlnets_loss_and_its_gradient_are_those_of_diffusers_script():
+    pipe = tiny_stable_diffusion()
+    family = ControlNet().wrap(family_of(pipe))
+    nets = Networks(family, Diffusion(ema_decay=0, condition_dropout=0), None, size=SIZE)
+    network, rng = nets.modules["student"], torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        if not weight.any():  # a ControlNet that has learned something
+            weight.data = torch.randn(weight.shape, generator=rng) * 0.1
+    times = torch.tensor([0, 1, 500, 999])
+    latents, noise = (torch.randn(4, *family.sample_shape(SIZE), generator=rng) for _ in range(2))
+    hint = torch.randint(0, 256, (4, 3, *SIZE), dtype=torch.uint8, generator=rng)
+    told = family.encode_condition([f"no {i}" for i in times], None, size=SIZE)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    script = control_script_loss(pipe.unet, network, scheduler, latents, noise, times, told["encoder_hidden_states"], hint / 255)
+    script.backward()
+    theirs = torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
+    network.zero_grad()
+    batch = Batch(latents, told | {"hint": hint}, GivenTimes(noise, times))
+    loss = nets.objective.losses(nets, batch, Moment(0, 0))["student"].per_example.mean()
+    loss.backward()
+    ours = torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])
+    # Float32: alpha and sigma are rounded once here, and are roots of rounded numbers there.
+    assert loss.item() == pytest.approx(script.item(), rel=1e-6) and relative(ours, theirs) < 1e-5
 
 
 # Summed layers
