@@ -13,6 +13,7 @@ EMBEDDED = Path(__file__).parent / "assets" / "emoji"
 EMBEDDED_TABLE, EMBEDDED_STUDENT = EMBEDDED.with_name("emoji_calibrated_6"), EMBEDDED.with_name("emoji_progressive_4")
 EMBEDDED_SAMPLERS = {folder.name: folder for folder in (EMBEDDED_TABLE, EMBEDDED_STUDENT)}  # whose names do, wherever one is named
 CALL_KWARGS = "call_kwargs.json"  # of a trained model: what its pipeline is called with; it also says that a folder holds one
+SHOWN = "shown.png"  # in the folder of an adapter's run: what the first of its samples was shown
 DTYPES = ("float32", "bfloat16", "float16")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -98,6 +98,11 @@ def test_only_the_export_is_published(runs, tmp_path):
     assert str(runs) not in made.card  # no path of the machine it was made on
 
 
+def test_a_result_publishes_itself(runs):
+    made = diffx.Trained(None, {}, {}, runs / "lora", None, None)  # type: ignore[arg-type]  # all that it asks is the folder
+    assert made.push_to_hub("me/made", dry_run=True, **BASE) == push_to_hub(runs / "lora", "me/made", dry_run=True, **BASE)
+
+
 def test_numbers_in_the_card_are_the_reports(runs, evaluated):
     made = artifact_of(runs / "lora")
     card = make_card(made, "me/made", evaluation=evaluated, **BASE)

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from ..conditioning.adapter import DESCRIPTION
-from ..loading import CALL_KWARGS, EMBEDDED_SAMPLERS
-from ..training.api import SHOWN
+from ..loading import CALL_KWARGS, EMBEDDED_SAMPLERS, SHOWN
 from .repository import PICKLES, read_object
 
 Kind = Literal["pipeline", "lora", "controlnet", "ip-adapter", "scheduler", "custom pipeline"]

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import replacing
-from ..training.api import SHOWN, Trained
+from ..loading import SHOWN
 from .artifact import SAMPLES, Artifact, artifact_of
 from .card import make_card
 from .degrade import save_pretrained
@@ -60,8 +60,8 @@ def push_to_hub(
     Only the export is uploaded, never checkpoints or the state of an optimizer. A README.md that the folder has is its card.
 
     Args:
-        source: what ``diffx.train`` or ``diffx.distill`` returned, the folder of such a run or of its export, of a scheduler or of a
-            custom pipeline; or a pipeline, which is saved as ``diffx.save_pretrained`` does.
+        source: the folder of a run or of its export, of a scheduler or of a custom pipeline; or a pipeline, which is saved as
+            ``diffx.save_pretrained`` does. (What ``diffx.train`` and ``diffx.distill`` return has a method of this name.)
         repo_id: "owner/name"; made if it is not there.
         base_model: Hub id of the model it was made of, or is loaded beside; None is the one that its run was begun with.
         license: as the Hub spells it; None is the base model's.
@@ -82,7 +82,7 @@ def push_to_hub(
             made = _checked(save_pretrained(source, Path(scratch) / "saved"), repo_id, base_model, license, evaluation)
             made = replace(made, described=given)
         else:
-            made = _checked(source.folder if isinstance(source, Trained) else source, repo_id, base_model, license, evaluation)
+            made = _checked(source, repo_id, base_model, license, evaluation)
         folder = Path(scratch) / "repository"
         folder.mkdir()
         published = _gather(made, folder, repo_id, base_model, license, evaluation, token)

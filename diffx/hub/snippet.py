@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 
 from ..conditioning.adapter import DESCRIPTION
-from ..training.api import SHOWN
+from ..loading import SHOWN
 from .artifact import Artifact
 
 

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from ..calibration.problem import sketch
 from ..conditioning.adapter import AdaptedFamily, Adapter
 from ..families import Family, family_of
-from ..loading import EMBEDDED_SAMPLERS, load_pipeline
+from ..loading import EMBEDDED_SAMPLERS, SHOWN, load_pipeline
 from ..objectives.diffusion import Diffusion
 from ..objectives.objective import Inference, Objective
 from .adherence import Adherence, hold_out
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 SECTIONS = {"train": TrainConfig, "data": DataConfig}
 RENDERINGS = 3  # of each glyph of the embedded model
-SHOWN = "shown.png"  # in the folder of an adapter's run: what the first of its samples was shown
 HERE = ("cache",)  # options that say where something lies, not what it is
 
 
@@ -60,7 +59,7 @@ class Trained:
         """Upload the result with a card; options and errors are those of ``diffx.push_to_hub``."""
         from ..hub.publish import push_to_hub
 
-        return push_to_hub(self, repo_id, **options)
+        return push_to_hub(self.folder, repo_id, **options)
 
     def save_pretrained(self, folder: str | Path, *, form: Form | None = None, kohya: bool = False) -> Path:
         """Write the result for stock Diffusers: "full", "lora", "merged" or "adapter"; None is the smallest that it loads.
