@@ -341,7 +341,7 @@ def report() -> None:
     (FOLDER / "report.md").write_text("\n".join(lines) + "\n")
 
 
-PARTS = {"controlnet": ("Canny ControlNet", controlnet), "ip-adapter": ("IP-Adapter Plus", ip_adapter)}
+PARTS = {"controlnet": ("Canny ControlNet, second stage", controlnet), "ip-adapter": ("IP-Adapter Plus", ip_adapter)}
 
 COMMANDS = {**{name: run for name, (_, run) in PARTS.items()}, "sweep": sweep, "report": report}
 
