@@ -315,6 +315,7 @@ def report() -> None:
     for name, (title, _) in PARTS.items():
         file = FOLDER / "parts" / f"{name}.json"
         if not file.exists():
+            lines += swept_lines(name, title)
             continue
         part = json.loads(file.read_text())
         settings, ended = part["settings"], part["report"]
