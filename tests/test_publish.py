@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,14 @@ def test_the_card_is_valid_and_names_what_it_is(runs, tmp_path, name, kind, rela
     assert artifact_of(tmp_path / "out").kind == kind  # what was written can be published again
     compile(code(made.card), "card", "exec")
     ModelCard(made.card)  # the Hub's own reading of it
+
+
+@pytest.mark.parametrize("name", ["controlnet", "ip-adapter"])
+def test_lines_name_no_file_that_is_not_there(runs, name):
+    assert '"shown.png")' in code(push_to_hub(runs / name, "me/made", dry_run=True, **BASE).card)
+    alone = artifact_of(runs / name / "model")  # as a run that did not keep what was shown
+    card = str(make_card(replace(alone, run=None), "me/made", **BASE))
+    assert 'load_image("picture.png")' in code(card) and "shown.png" not in card
 
 
 def test_only_the_export_is_published(runs, tmp_path):

@@ -19,6 +19,7 @@ def snippet(made: Artifact, repo_id: str, base: str | None, prompt: str) -> str:
     parameters = _parameters(made)
     told: dict[str, Any] = {"prompt": prompt} if "prompt" in parameters else {"class_labels": [0]} if "class_labels" in parameters else {}
     call = {**told, **made.call_kwargs}
+    there = f'hf_hub_download("{repo_id}", "{SHOWN}")' if made.shown else '"picture.png"'  # without one, a picture of the reader's
     match made.kind:
         case "scheduler":
             return f'import diffx\n\npipe.scheduler = diffx.AutoScheduler.from_pretrained("{repo_id}")'
@@ -41,19 +42,19 @@ def snippet(made: Artifact, repo_id: str, base: str | None, prompt: str) -> str:
                 "",
                 f'controlnet = ControlNetModel.from_pretrained("{repo_id}")',
                 f'pipe = {pipeline}.from_pretrained("{base}", controlnet=controlnet)',
-                f'shown = load_image(hf_hub_download("{repo_id}", "{SHOWN}"))  # a control image',
+                f"shown = load_image({there})  # a control image",
                 f"image = pipe({_arguments(call)}, image=shown).images[0]",
             ]
         case "ip-adapter":
             lines = [
                 "from diffusers import DiffusionPipeline",
                 "from diffusers.utils import load_image",
-                "from huggingface_hub import snapshot_download",
+                "from huggingface_hub import hf_hub_download, snapshot_download",
                 "",
                 f'folder = snapshot_download("{repo_id}")',
                 f'pipe = DiffusionPipeline.from_pretrained("{base}")',
                 f"pipe.load_ip_adapter(folder, {_arguments(made.read(DESCRIPTION)['load'])})",
-                f'shown = load_image(f"{{folder}}/{SHOWN}")  # a reference',
+                f"shown = load_image({there})  # a reference",
                 f"image = pipe({_arguments(call)}, ip_adapter_image=shown).images[0]",
             ]
         case _:
