@@ -67,8 +67,9 @@ def draw(pipe: Any, asked: list[dict[str, Any]], inputs: Any, **more: Any) -> li
     """A picture for each, from a noise of its own; ``inputs`` gives the arguments for some of them."""
     pipe.set_progress_bar_config(disable=True)
     made: list[Image.Image] = []
-    for first in range(0, len(asked), AT_ONCE):
-        part = range(first, min(first + AT_ONCE, len(asked)))
+    at_once = 1 if getattr(pipe.unet, "encoder_hid_proj", None) is not None else AT_ONCE  # references are all shown to every sample
+    for first in range(0, len(asked), at_once):
+        part = range(first, min(first + at_once, len(asked)))
         generators = [torch.Generator().manual_seed(SEED + i) for i in part]
         call = dict(num_inference_steps=CALLS, guidance_scale=GUIDANCE) | dict(generator=generators, **inputs(part), **more)
         made += pipe([asked[i]["text"] for i in part], **call).images

@@ -166,6 +166,7 @@ class ImagePromptFamily(AdaptedFamily):
 
     adapter: IPAdapter
     column_is_cut = False
+    most_at_once = 1  # pipelines repeat all embeddings for each prompt: every sample of a call would see them all
 
     def __init__(self, inner: Family, adapter: IPAdapter, base: ImagePrompt, layout: Layout, encoder: ImageEncoder) -> None:
         super().__init__(inner, adapter, base, adapter.reference_column)
@@ -178,10 +179,6 @@ class ImagePromptFamily(AdaptedFamily):
             "text": (adapter.text_dropout, lambda name: name != REFERENCE),
             "image": (adapter.image_dropout, lambda name: name == REFERENCE),
         }
-
-    @property
-    def most_at_once(self) -> int | None:  # type: ignore[override]  # Diffusers shows all samples of a call of SD 3 the same
-        return 1 if isinstance(self.pipe, StableDiffusion3Pipeline) else None
 
     def shown(self, picture: Image.Image, other: Image.Image | None) -> Image.Image:
         return picture if other is None else other.convert("RGB")
