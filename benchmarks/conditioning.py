@@ -67,7 +67,7 @@ def draw(pipe: Any, asked: list[dict[str, Any]], inputs: Any, **more: Any) -> li
     """A picture for each, from a noise of its own; ``inputs`` gives the arguments for some of them."""
     pipe.set_progress_bar_config(disable=True)
     made: list[Image.Image] = []
-    at_once = 1 if getattr(pipe.unet, "encoder_hid_proj", None) is not None else AT_ONCE  # references are all shown to every sample
+    at_once = AT_ONCE if pipe.unet.encoder_hid_proj is None else 1  # with an IP-Adapter, each sample of a call sees all references
     for first in range(0, len(asked), at_once):
         part = range(first, min(first + at_once, len(asked)))
         generators = [torch.Generator().manual_seed(SEED + i) for i in part]

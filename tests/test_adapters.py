@@ -160,11 +160,10 @@ def test_a_new_ip_adapter_changes_nothing_unless_it_begins_as_the_text(name, enc
     for init in ("zero", "text"):
         made = training(build(), ip_adapter(name, encoders, init=init))
         pipe, _ = made.result()
-        num = made.nets.family.most_at_once or 2
-        shown = made.nets.family.inputs([picture(0), picture(1)][:num], {"guidance_scale": 3.0})
+        shown = made.nets.family.inputs([picture(0)], {"guidance_scale": 3.0})
         # SD 3's layers attend to the picture itself once more, whatever the reference: there is no beginning that changes nothing.
         same = init == "zero" and not name.startswith("SD3")
-        assert np.array_equal(images(pipe, count=num, **shown), base[num]) == same
+        assert np.array_equal(images(pipe, count=1, **shown), base[1]) == same
         pipe.unload_ip_adapter()
         assert np.array_equal(images(pipe), base[2])
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from adapter_parts import SIZE, ip_adapter, picture, save_encoders, training
+from adapter_parts import IP_CASES, SIZE, ip_adapter, picture, save_encoders, training
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from test_cli import good, refused
@@ -259,6 +259,21 @@ def test_the_measured_pipeline_is_the_stock_one(tmp_path):
     given = dict(image=measure.shown, num_inference_steps=2, guidance_scale=3.0, generator=generators, height=16, width=16)
     expected = pipe(list(held.texts), **given).images
     assert [np.asarray(each).tolist() for each in made] == [np.asarray(each).tolist() for each in expected]
+
+
+@pytest.mark.parametrize("name", IP_CASES)
+def test_each_measured_sample_is_shown_its_own_reference(name, encoders):
+    """Pipelines repeat the embeddings they are given for each prompt: samples of one call would be shown all references."""
+    family = ip_adapter(name, encoders, init="text").wrap(family_of(IP_CASES[name][0]()))
+    _, held = hold_out(family, [{"image": picture(i), "text": f"no {i}"} for i in range(4)], None, DataConfig(num_held_out=2))
+    measure = Adherence(family, held, SIZE, calls=2, seed=7)
+    pipe = family.pipeline(family.base, family.pipe.scheduler)
+    call = family.call_kwargs(2, 3.0)
+    made = measure.draw(pipe, call)
+    for i, picked in enumerate(held.texts):
+        alone = {"height": SIZE[0], "width": SIZE[1], "generator": torch.Generator().manual_seed(7 + i)}
+        expected = pipe(**{**call, "prompt": picked}, ip_adapter_image=measure.shown[i], **alone).images[0]
+        assert np.asarray(made[i]).tolist() == np.asarray(expected).tolist()
 
 
 # going on
