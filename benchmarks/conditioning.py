@@ -15,6 +15,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results" / "conditioning"
 RUNS = ROOT / "outputs" / "conditioning"
 RENDERINGS, SEED, CALLS, GUIDANCE, AT_ONCE = 8, 0, 50, 3.0, 34
-SCALES, GUIDANCES, SWEPT, SWEEP_CALLS, ON_SHEET = (0.0, 0.5, 1.0, 1.5), (1.0, 2.0, 3.0, 5.0), 34, 20, 3
-COMMON: dict[str, Any] = dict(
-    batch_size=48, lr_schedule="cosine", warmup_steps=100, save_every=100, evaluate_every=200, device="cpu", cache=RUNS / "cache"
-)
+SCALES, GUIDANCES, SWEPT, FEWER_CALLS, ON_SHEET = (0.0, 0.5, 1.0, 1.5), (1.0, 2.0, 3.0, 5.0), 34, 20, 3
+COMMON: dict[str, Any] = dict(batch_size=48, lr_schedule="cosine", warmup_steps=100, save_every=100, device="cpu", cache=RUNS / "cache")
 
 
 def training_pictures() -> list[dict[str, Any]]:
@@ -83,9 +83,9 @@ def write_part(name: str, row: dict[str, Any], shown: list[Image.Image], made: l
     shutil.copy(RUNS / name / "curve.png", FOLDER / f"{name}-curve.png")
 
 
-def trained(name: str, adapter: Any, train_steps: int, lr: float, objective: Diffusion) -> dict[str, Any]:
+def trained(name: str, adapter: Any, train_steps: int, lr: float, objective: Diffusion, evaluate_every: int = 200) -> dict[str, Any]:
     """Train an adapter, or go on with it; what it took."""
-    options = COMMON | dict(train_steps=train_steps, lr=lr, output=RUNS / name)
+    options = COMMON | dict(train_steps=train_steps, lr=lr, output=RUNS / name, evaluate_every=evaluate_every)
     start = time.process_time()
     made = diffx.train(None, adapter, training_pictures(), objective=objective, held_out=unseen(32), **options)
     spent = RUNS / name / "minutes.json"  # over all calls that it took
@@ -138,31 +138,41 @@ def controlnet() -> None:
     write_part("controlnet", row, control, made)
 
 
-def ip_adapter() -> None:
+def ip_adapter(name: str, kind: Any, train_steps: int, lr: float) -> None:
     """Features of samples beside those of the references that they were shown, by judges that the adapter does not read with."""
-    adapter = diffx.IPAdapter("plus", text_dropout=0.5)
-    row = trained("ip-adapter", adapter, 2000, 1e-3, Diffusion(condition_dropout=0.05, ema_decay=0.99))
+    adapter = diffx.IPAdapter(kind, text_dropout=0.5)
+    row = trained(name, adapter, train_steps, lr, Diffusion(condition_dropout=0.05, ema_decay=0.99), evaluate_every=500)
     pipe: Any = load_pipeline(device="cpu")
     asked = unseen()
     references = [Image.fromarray(each["image"]) for each in asked]
-    row["measures"] = {"base": judged(references, draw(pipe, asked, lambda part: {}))}
-    pipe.load_ip_adapter(RUNS / "ip-adapter" / "model", subfolder="", weight_name="ip_adapter.safetensors")
-    with torch.no_grad():
-        given, nothing = pipe.encode_image(references, "cpu", 1, True)
-
-    def shown(part: range) -> dict[str, Any]:
-        return {"ip_adapter_image_embeds": [torch.cat([nothing[part.start : part.stop], given[part.start : part.stop]])[:, None]]}
-
-    for scale in (0.5, 1.0):
-        pipe.set_ip_adapter_scale(scale)
-        made = draw(pipe, asked, shown)
-        row["measures"][f"scale {scale:g}"] = judged(references, made)
+    row["measures"] = {"base": judged(references, draw(pipe, asked, lambda part: {}, num_inference_steps=FEWER_CALLS))}
+    call = shown_references(pipe, name, references)
     silent = [{"text": ""} for _ in asked]
-    row["measures"]["scale 1, without captions"] = judged(references, draw(pipe, silent, shown))
-    alone = lambda part: {"ip_adapter_image_embeds": [given[part.start : part.stop, None]]}  # noqa: E731
-    row["measures"]["scale 1, without captions, guidance 1"] = judged(references, draw(pipe, silent, alone, guidance_scale=1.0))
+    for told, texts in {"": asked, ", without captions": silent}.items():
+        for scale, guidance in ((0.5, GUIDANCE), (1.0, GUIDANCE), (1.0, 1.0)):
+            made = call(texts, scale, guidance)
+            row["measures"][f"scale {scale:g}, guidance {guidance:g}{told}"] = judged(references, made)
     row["measures"]["autoencoder"] = judged(references, through_autoencoder(pipe, asked))
-    write_part("ip-adapter", row, references, made)
+    write_part(name, row, references, made)
+
+
+def shown_references(pipe: Any, name: str, references: list[Image.Image]) -> Any:
+    """A call by texts, scale and guidance of the pipeline with a trained IP-Adapter."""
+    pipe.load_ip_adapter(RUNS / name / "model", subfolder="", weight_name="ip_adapter.safetensors")
+    pooled = isinstance(pipe.unet.encoder_hid_proj.image_projection_layers[0], ImageProjection)
+    with torch.no_grad():
+        given, nothing = pipe.encode_image(references, "cpu", 1, not pooled)
+
+    def call(asked: list[dict[str, Any]], scale: float, guidance: float) -> list[Image.Image]:
+        pipe.set_ip_adapter_scale(scale)
+
+        def inputs(part: range) -> dict[str, Any]:
+            both = [nothing, given] if guidance > 1 else [given]
+            return {"ip_adapter_image_embeds": [torch.cat([each[part.start : part.stop] for each in both])[:, None]]}
+
+        return draw(pipe, asked, inputs, guidance_scale=guidance, num_inference_steps=FEWER_CALLS)
+
+    return call
 
 
 def judged(references: list[Image.Image], made: list[Image.Image]) -> dict[str, dict[str, float]]:
@@ -225,7 +235,7 @@ def swept_controlnet(pictures: list[Image.Image]) -> tuple[list[Image.Image], An
     control = [canny(picture) for picture in pictures]
 
     def call(asked: list[dict[str, Any]], scale: float, guidance: float) -> list[Image.Image]:
-        more: dict[str, Any] = {"controlnet_conditioning_scale": scale, "guidance_scale": guidance, "num_inference_steps": SWEEP_CALLS}
+        more: dict[str, Any] = {"controlnet_conditioning_scale": scale, "guidance_scale": guidance, "num_inference_steps": FEWER_CALLS}
         return draw(pipe, asked, lambda part: {"image": [control[i] for i in part]}, **more)
 
     def follows(made: list[Image.Image]) -> dict[str, float]:
@@ -237,21 +247,7 @@ def swept_controlnet(pictures: list[Image.Image]) -> tuple[list[Image.Image], An
 
 def swept_ip_adapter(pictures: list[Image.Image]) -> tuple[list[Image.Image], Any, Any]:
     """The same of an IP-Adapter and its references."""
-    pipe: Any = load_pipeline(device="cpu")
-    pipe.load_ip_adapter(RUNS / "ip-adapter" / "model", subfolder="", weight_name="ip_adapter.safetensors")
-    pooled = isinstance(pipe.unet.encoder_hid_proj.image_projection_layers[0], ImageProjection)
-    with torch.no_grad():
-        given, nothing = pipe.encode_image(pictures, "cpu", 1, not pooled)
-
-    def call(asked: list[dict[str, Any]], scale: float, guidance: float) -> list[Image.Image]:
-        pipe.set_ip_adapter_scale(scale)
-
-        def inputs(part: range) -> dict[str, Any]:
-            both = [nothing, given] if guidance > 1 else [given]
-            return {"ip_adapter_image_embeds": [torch.cat([each[part.start : part.stop] for each in both])[:, None]]}
-
-        return draw(pipe, asked, inputs, guidance_scale=guidance, num_inference_steps=SWEEP_CALLS)
-
+    call = shown_references(load_pipeline(device="cpu"), "ip-adapter", pictures)
     return pictures, call, lambda made: judged(pictures, made)["glyph encoder"]
 
 
@@ -278,7 +274,7 @@ def swept_lines(name: str, title: str) -> list[str]:
         "",
         f"### {title}: image scale and text guidance",
         "",
-        f"{SWEPT} samples a cell from the same noise, {SWEEP_CALLS} calls, {part['minutes']:.1f} CPU-minutes. Each was shown an unseen "
+        f"{SWEPT} samples a cell from the same noise, {FEWER_CALLS} calls, {part['minutes']:.1f} CPU-minutes. Each was shown an unseen "
         "glyph and told the caption of another one, seen in training. On the sheet, for "
         f"{', '.join(part['texts'])}: in the first column what was shown, then guidance {_listed(GUIDANCES)}; rows are scale "
         f"{_listed(SCALES)}.",
@@ -343,7 +339,11 @@ def report() -> None:
     (FOLDER / "report.md").write_text("\n".join(lines) + "\n")
 
 
-PARTS = {"controlnet": ("Canny ControlNet, second stage", controlnet), "ip-adapter": ("IP-Adapter Plus", ip_adapter)}
+PARTS: dict[str, tuple[str, Callable[[], None]]] = {
+    "controlnet": ("Canny ControlNet, second stage", controlnet),
+    "ip-adapter": ("IP-Adapter", partial(ip_adapter, "ip-adapter", "plain", 6000, 2e-3)),
+    "ip-adapter-plus": ("IP-Adapter Plus", partial(ip_adapter, "ip-adapter-plus", "plus", 3000, 1e-3)),
+}
 
 COMMANDS = {**{name: run for name, (_, run) in PARTS.items()}, "sweep": sweep, "report": report}
 
