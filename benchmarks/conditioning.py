@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,25 @@ FOLDER = ROOT / "benchmarks" / "results" / "conditioning"
 RUNS = ROOT / "outputs" / "conditioning"
 RENDERINGS, SEED, CALLS, GUIDANCE, AT_ONCE = 8, 0, 50, 3.0, 34
 SCALES, GUIDANCES, SWEPT, FEWER_CALLS, ON_SHEET = (0.0, 0.5, 1.0, 1.5), (1.0, 2.0, 3.0, 5.0), 34, 20, 3
-COMMON: dict[str, Any] = dict(batch_size=48, lr_schedule="cosine", warmup_steps=100, save_every=100, device="cpu", cache=RUNS / "cache")
+COMMON: dict[str, Any] = dict(
+    batch_size=48, lr_schedule="cosine", warmup_steps=100, save_every=100, evaluate_every=500, device="cpu", cache=RUNS / "cache"
+)
 
 
 def training_pictures() -> list[dict[str, Any]]:
     """Renderings of glyphs that the base model saw, too."""
     return [{"image": made.image(), "text": made.caption()} for made in glyphs.training_renderings(RENDERINGS, seed=SEED)]
+
+
+def turned_pictures() -> list[dict[str, Any]]:
+    """As many renderings again, of other sizes and places, turned and mirrored: some are as new to the base model as unseen glyphs."""
+    made = []
+    for one in glyphs.training_renderings(RENDERINGS, seed=SEED + 1):
+        rng = np.random.default_rng((SEED, 2, len(made)))
+        moved = replace(one, scale=float(rng.uniform(0.7, 1.7)), shift=tuple(rng.uniform(-6, 6, 2).tolist()))
+        image = np.rot90(moved.image(), rng.integers(4))
+        made.append({"image": np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image), "text": one.caption()})
+    return made
 
 
 def unseen(num: int | None = None) -> list[dict[str, Any]]:
@@ -83,11 +97,11 @@ def write_part(name: str, row: dict[str, Any], shown: list[Image.Image], made: l
     shutil.copy(RUNS / name / "curve.png", FOLDER / f"{name}-curve.png")
 
 
-def trained(name: str, adapter: Any, train_steps: int, lr: float, objective: Diffusion, evaluate_every: int = 200) -> dict[str, Any]:
+def trained(name: str, adapter: Any, data: list[dict[str, Any]], train_steps: int, lr: float, objective: Diffusion) -> dict[str, Any]:
     """Train an adapter, or go on with it; what it took."""
-    options = COMMON | dict(train_steps=train_steps, lr=lr, output=RUNS / name, evaluate_every=evaluate_every)
+    options = COMMON | dict(train_steps=train_steps, lr=lr, output=RUNS / name)
     start = time.process_time()
-    made = diffx.train(None, adapter, training_pictures(), objective=objective, held_out=unseen(32), **options)
+    made = diffx.train(None, adapter, data, objective=objective, held_out=unseen(32), **options)
     spent = RUNS / name / "minutes.json"  # over all calls that it took
     minutes = (time.process_time() - start) / 60 + (json.loads(spent.read_text()) if spent.exists() else 0.0)
     spent.write_text(json.dumps(minutes))
@@ -111,9 +125,7 @@ def retrieval(table: np.ndarray) -> float:
 def controlnet() -> None:
     """Edge-F1 of samples with the Canny edges that they were shown."""
     objective = Diffusion(condition_dropout=0.5, ema_decay=0.995)
-    first = trained("controlnet-first", diffx.ControlNet("canny"), 2000, 8e-4, objective)
-    row = trained("controlnet", diffx.ControlNet("canny", start=RUNS / "controlnet-first" / "model"), 3000, 1e-3, objective)
-    row["minutes"] += first["minutes"]
+    row = trained("controlnet", diffx.ControlNet("canny"), training_pictures() + turned_pictures(), 5000, 1e-3, objective)
     network = ControlNetModel.from_pretrained(RUNS / "controlnet" / "model")
     base = load_pipeline(device="cpu")
     pipe = StableDiffusionControlNetPipeline(**base.components, controlnet=network, requires_safety_checker=False)
@@ -141,7 +153,7 @@ def controlnet() -> None:
 def ip_adapter(name: str, kind: Any, train_steps: int, lr: float) -> None:
     """Features of samples beside those of the references that they were shown, by judges that the adapter does not read with."""
     adapter = diffx.IPAdapter(kind, text_dropout=0.5)
-    row = trained(name, adapter, train_steps, lr, Diffusion(condition_dropout=0.05, ema_decay=0.99), evaluate_every=500)
+    row = trained(name, adapter, training_pictures(), train_steps, lr, Diffusion(condition_dropout=0.05, ema_decay=0.99))
     pipe: Any = load_pipeline(device="cpu")
     asked = unseen()
     references = [Image.fromarray(each["image"]) for each in asked]
@@ -340,7 +352,7 @@ def report() -> None:
 
 
 PARTS: dict[str, tuple[str, Callable[[], None]]] = {
-    "controlnet": ("Canny ControlNet, second stage", controlnet),
+    "controlnet": ("Canny ControlNet", controlnet),
     "ip-adapter": ("IP-Adapter", partial(ip_adapter, "ip-adapter", "plain", 6000, 2e-3)),
     "ip-adapter-plus": ("IP-Adapter Plus", partial(ip_adapter, "ip-adapter-plus", "plus", 3000, 1e-3)),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Schedule = Literal["constant", "linear", "cosine"]
-Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "sgd"]
+Optimizer = Literal["adamw", "adamw_8bit", "sgd"]
 Precision = Literal["no", "bf16", "fp16"]
 
 

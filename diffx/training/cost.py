@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .draws import Draws
 from .networks import Lora, Networks
 
-MOMENT_BYTES = {"adamw": 8, "adamw_fused": 8, "adamw_8bit": 2, "sgd": 0}  # of an optimizer, per trained number
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # of an optimizer, per trained number
 
 
 @dataclass(frozen=True)
