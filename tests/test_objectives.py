@@ -33,6 +33,7 @@ from diffx.objectives.level import Level, Times, from_output, guided, jump, nois
 from diffx.objectives.objective import Batch, Moment
 from diffx.objectives.sampling import deterministic, stochastic
 from diffx.oracle import Gaussian
+from diffx.testing.pipelines import tiny_stable_diffusion
 from diffx.training.config import TrainConfig
 from diffx.training.draws import Draws
 from diffx.training.loop import Training
@@ -208,6 +209,15 @@ def test_training_grids_are_what_the_exported_scheduler_visits(process, calls):
         sampler.set_timesteps(calls)
         assert np.isin(np.round(sampler.timesteps.numpy(), 3), np.round(times.trailing(original).t, 3)).all()
         assert sampler.timesteps[0] == own.t[0]
+
+
+def test_stock_pipelines_change_nothing_of_an_exported_scheduler(recwarn):
+    family = family_of(tiny_stable_diffusion())
+    for inference in (deterministic(family, 4), stochastic(family, 4, 20)):
+        before = dict(inference.scheduler.config)
+        pipe = StableDiffusionPipeline(**family.pipe.components | {"scheduler": inference.scheduler}, requires_safety_checker=False)
+        assert dict(pipe.scheduler.config) == before
+    assert not [str(warning.message) for warning in recwarn if "steps_offset" in str(warning.message)]
 
 
 # fixed points: what the best students of Gaussian data are

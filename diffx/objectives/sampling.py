@@ -9,6 +9,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchL
 from ..families import Family
 from .objective import Inference
 
+# from_config would take these of the teacher's scheduler, which may be for another grid. Neither sampler reads the last; pipelines of
+# Stable Diffusion write 1 over anything else, and warn.
+OWN = dict(clip_sample=False, set_alpha_to_one=True, steps_offset=1)
+
 
 def deterministic(family: Family, calls: int, guidance_scale: float = 1.0) -> Inference:
     """DDIM on trailing times, or Euler on even flow times: from pure noise to clean data in ``calls`` steps of equal length.
@@ -20,9 +24,7 @@ def deterministic(family: Family, calls: int, guidance_scale: float = 1.0) -> In
         scheduler: Any = FlowMatchEulerDiscreteScheduler(**even_flow(family, calls))
     else:
         check_divides(family, calls)
-        # from_config would take over clip_sample and set_alpha_to_one of the teacher's scheduler, which may be for another grid.
-        options = dict(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=1)  # which trailing ignores
-        scheduler = DDIMScheduler(**family.scheduler_config(**options))
+        scheduler = DDIMScheduler(**family.scheduler_config(timestep_spacing="trailing", **OWN))
     return Inference(scheduler, family.call_kwargs(calls, guidance_scale))
 
 
@@ -32,8 +34,7 @@ def stochastic(family: Family, calls: int, original_steps: int, guidance_scale: 
         scheduler: Any = FlowMatchLCMScheduler(**even_flow(family, calls))
     else:
         check_divides(family, original_steps)
-        options = dict(original_inference_steps=original_steps, timestep_scaling=10.0, clip_sample=False, set_alpha_to_one=True)
-        scheduler = LCMScheduler(**family.scheduler_config(**options))
+        scheduler = LCMScheduler(**family.scheduler_config(original_inference_steps=original_steps, timestep_scaling=10.0, **OWN))
     return Inference(scheduler, family.call_kwargs(calls, guidance_scale))
 
 
