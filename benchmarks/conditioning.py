@@ -39,7 +39,6 @@ from diffx.evaluation.metrics import r_precision
 from diffx.evaluation.report import write_atomically
 from diffx.loading import load_pipeline
 from diffx.objectives import Diffusion
-from diffx.training.adherence import pairs
 from diffx.training.sheet import sheet
 
 torch.set_num_threads(1)
@@ -90,11 +89,23 @@ def draw(pipe: Any, asked: list[dict[str, Any]], inputs: Any, **more: Any) -> li
     return made
 
 
-def write_part(name: str, row: dict[str, Any], shown: list[Image.Image], made: list[Image.Image]) -> None:
+def write_part(name: str, row: dict[str, Any], columns: dict[str, list[Image.Image]]) -> None:
+    """Figures, the curve, and a sheet of the columns, four times side by side."""
+    row["columns"] = list(columns)
+    write_json(name, row)
+    write_sheet(name, [image for images in list(zip(*columns.values()))[:20] for image in images], 4 * len(columns))
+    shutil.copy(RUNS / name / "curve.png", FOLDER / f"{name}-curve.png")
+
+
+def write_json(name: str, row: dict[str, Any]) -> None:
     (FOLDER / "parts").mkdir(parents=True, exist_ok=True)
     write_atomically(FOLDER / "parts" / f"{name}.json", lambda out: out.write(json.dumps(row, indent=1).encode()))
-    write_atomically(FOLDER / f"{name}.png", lambda out: pairs(shown, made).save(out, format="png"))
-    shutil.copy(RUNS / name / "curve.png", FOLDER / f"{name}-curve.png")
+
+
+def write_sheet(name: str, images: list[Image.Image], columns: int) -> None:
+    large = [np.asarray(image.convert("RGB"), np.float32).repeat(2, 0).repeat(2, 1) / 255 for image in images]
+    drawn = sheet(np.stack(large), columns)
+    write_atomically(FOLDER / f"{name}.png", lambda out: drawn.save(out, format="png"))
 
 
 def trained(name: str, adapter: Any, data: list[dict[str, Any]], train_steps: int, lr: float, objective: Diffusion) -> dict[str, Any]:
@@ -130,7 +141,8 @@ def controlnet() -> None:
     base = load_pipeline(device="cpu")
     pipe = StableDiffusionControlNetPipeline(**base.components, controlnet=network, requires_safety_checker=False)
     asked, canny = unseen(), hints.get("canny")
-    control = [canny(Image.fromarray(each["image"])) for each in asked]
+    references = [Image.fromarray(each["image"]) for each in asked]
+    control = [canny(picture) for picture in references]
     edges = [np.asarray(image.convert("L")) / 255 for image in control]
 
     def f1(made: list[Image.Image]) -> dict[str, float]:
@@ -147,7 +159,7 @@ def controlnet() -> None:
     made = draw(pipe, asked, shown, guidance_scale=1.0)
     row["measures"]["scale 1, guidance 1"] = f1(made)
     row["measures"]["autoencoder"] = f1(through_autoencoder(base, asked))
-    write_part("controlnet", row, control, made)
+    write_part("controlnet", row, {"edges": control, "sample": made, "picture": references})
 
 
 def ip_adapter(name: str, kind: Any, train_steps: int, lr: float) -> None:
@@ -157,15 +169,22 @@ def ip_adapter(name: str, kind: Any, train_steps: int, lr: float) -> None:
     pipe: Any = load_pipeline(device="cpu")
     asked = unseen()
     references = [Image.fromarray(each["image"]) for each in asked]
-    row["measures"] = {"base": judged(references, draw(pipe, asked, lambda part: {}, num_inference_steps=FEWER_CALLS))}
+    told = {"": asked, ", without captions": [{"text": ""} for _ in asked]}
+    row["measures"] = {
+        f"base, guidance {GUIDANCE:g}{words}": judged(references, draw(pipe, texts, lambda part: {}, num_inference_steps=FEWER_CALLS))
+        for words, texts in told.items()
+    }
     call = shown_references(pipe, name, references)
-    silent = [{"text": ""} for _ in asked]
-    for told, texts in {"": asked, ", without captions": silent}.items():
+    made: dict[str, list[Image.Image]] = {"reference": references}
+    for words, texts in told.items():
         for scale, guidance in ((0.5, GUIDANCE), (1.0, GUIDANCE), (1.0, 1.0)):
-            made = call(texts, scale, guidance)
-            row["measures"][f"scale {scale:g}, guidance {guidance:g}{told}"] = judged(references, made)
+            what = f"scale {scale:g}, guidance {guidance:g}{words}"
+            images = call(texts, scale, guidance)
+            row["measures"][what] = judged(references, images)
+            if (scale, guidance) == (1.0, GUIDANCE):
+                made[what] = images
     row["measures"]["autoencoder"] = judged(references, through_autoencoder(pipe, asked))
-    write_part(name, row, references, made)
+    write_part(name, row, made)
 
 
 def shown_references(pipe: Any, name: str, references: list[Image.Image]) -> Any:
@@ -231,12 +250,9 @@ def sweep() -> None:
             for (scale, guidance), images in made.items()
         ]
         row = {"minutes": (time.process_time() - start) / 60, "texts": [each["text"] for each in asked[:ON_SHEET]], "cells": cells}
-        (FOLDER / "parts").mkdir(parents=True, exist_ok=True)
-        write_atomically(FOLDER / "parts" / f"sweep-{name}.json", lambda out, row=row: out.write(json.dumps(row, indent=1).encode()))
+        write_json(f"sweep-{name}", row)
         rows = [[shown[i], *(made[scale, guidance][i] for guidance in GUIDANCES)] for i in range(ON_SHEET) for scale in SCALES]
-        large = [np.asarray(image.convert("RGB"), np.float32).repeat(2, 0).repeat(2, 1) / 255 for images in rows for image in images]
-        drawn = sheet(np.stack(large), columns=1 + len(GUIDANCES))
-        write_atomically(FOLDER / f"sweep-{name}.png", lambda out, drawn=drawn: drawn.save(out, format="png"))
+        write_sheet(f"sweep-{name}", [image for images in rows for image in images], 1 + len(GUIDANCES))
 
 
 def swept_controlnet(pictures: list[Image.Image]) -> tuple[list[Image.Image], Any, Any]:
@@ -316,8 +332,9 @@ def report() -> None:
     lines = [
         "# Adapters of the embedded model",
         "",
-        f"`python benchmarks/conditioning.py`: {len(glyphs.held_out())} glyphs that no network ever saw, one rendering each, {CALLS} "
-        f"calls, seed {SEED}. *True* is the mean likeness of samples to what they were shown, *shuffled* to what all others were, "
+        f"`python benchmarks/conditioning.py`: {len(glyphs.held_out())} glyphs that no network ever saw, one rendering each; "
+        f"{CALLS} calls with a ControlNet, {FEWER_CALLS} with an IP-Adapter, which takes one sample a call; seed {SEED}. *True* is the "
+        "mean likeness of samples to what they were shown, *shuffled* to what all others were, "
         f"*retrieval* the share that is more like its own than any other (chance {1 / len(glyphs.held_out()):.4f}). *Base* is the model "
         "without the adapter, *autoencoder* the shown pictures themselves, encoded and decoded.",
     ]
@@ -334,6 +351,8 @@ def report() -> None:
             "",
             f"{settings['train_steps']} updates of {COMMON['batch_size']}, lr {settings['lr']:g}, {part['minutes']:.0f} CPU-minutes with "
             f"all measurements; kept step {ended['kept_step']}; begins to follow at step {ended['converged_step']}.",
+            "",
+            f"Four times side by side: {'; '.join(part['columns'])}.",
             "",
             f"![Shown and made]({name}.png)",
             "",
