@@ -151,15 +151,17 @@ def controlnet() -> None:
     shown = lambda part: {"image": [control[i] for i in part]}  # noqa: E731  # a word for what follows
     row["measures"] = {"base, guidance 1": f1(draw(base, asked, lambda part: {}, guidance_scale=1.0))}
     row["measures"]["base, guidance 3"] = f1(draw(base, asked, lambda part: {}, guidance_scale=3.0))
-    for scale in (0.5, 1.5):
-        row["measures"][f"scale {scale:g}, guidance 1"] = f1(
-            draw(pipe, asked, shown, guidance_scale=1.0, controlnet_conditioning_scale=scale)
-        )
     row["measures"]["scale 1, guidance 3"] = f1(draw(pipe, asked, shown, guidance_scale=3.0))
-    made = draw(pipe, asked, shown, guidance_scale=1.0)
-    row["measures"]["scale 1, guidance 1"] = f1(made)
+    made: dict[str, list[Image.Image]] = {"edges": control}
+    for words, texts in {"": asked, ", without captions": [{"text": ""} for _ in asked]}.items():
+        for scale in (0.5, 1.0, 1.5):
+            what = f"scale {scale:g}, guidance 1{words}"
+            images = draw(pipe, texts, shown, guidance_scale=1.0, controlnet_conditioning_scale=scale)
+            row["measures"][what] = f1(images)
+            if scale == 1:
+                made[what] = images
     row["measures"]["autoencoder"] = f1(through_autoencoder(base, asked))
-    write_part("controlnet", row, {"edges": control, "sample": made, "picture": references})
+    write_part("controlnet", row, {**made, "picture": references})
 
 
 def ip_adapter(name: str, kind: Any, train_steps: int, lr: float) -> None:
@@ -293,11 +295,7 @@ def swept_lines(name: str, title: str) -> list[str]:
     if not file.exists():
         return []
     part = json.loads(file.read_text())
-    measure = "gain" if name == "controlnet" else "retrieval"
-    own = {
-        "gain": "Edge-F1 with what was shown, less that with what others were",
-        "retrieval": f"Retrieval of the reference, chance 1/{SWEPT}",
-    }
+    measure = "Edge-F1" if name == "controlnet" else "Cosine by the glyph encoder"
     lines = [
         "",
         f"### {title}: image scale and text guidance",
@@ -310,7 +308,9 @@ def swept_lines(name: str, title: str) -> list[str]:
         f"![Swept](sweep-{name}.png)",
     ]
     tables = {
-        own[measure]: lambda cell: f"{cell['shown'][measure]:.3f}",
+        f"{measure} with what was shown, less that with what others were (and retrieval, chance 1/{SWEPT})": lambda cell: (
+            f"{cell['shown']['gain']:.3f} ({cell['shown']['retrieval']:.2f})"
+        ),
         "Cosine with the text's renderings by the glyph encoder (and R-precision, of all asked and 200 others)": lambda cell: (
             f"{cell['told']['cosine']:.3f} ({cell['told']['r_precision']:.2f})"
         ),
@@ -325,6 +325,10 @@ def swept_lines(name: str, title: str) -> list[str]:
 
 def _listed(numbers: tuple[float, ...]) -> str:
     return ", ".join(f"{each:g}" for each in numbers)
+
+
+def _began(step: int | None) -> str:
+    return "no sudden beginning to follow" if step is None else f"begins to follow at step {step}"
 
 
 def report() -> None:
@@ -350,7 +354,7 @@ def report() -> None:
             f"## {title}",
             "",
             f"{settings['train_steps']} updates of {COMMON['batch_size']}, lr {settings['lr']:g}, {part['minutes']:.0f} CPU-minutes with "
-            f"all measurements; kept step {ended['kept_step']}; begins to follow at step {ended['converged_step']}.",
+            f"all measurements; kept step {ended['kept_step']}; {_began(ended['converged_step'])}.",
             "",
             f"Four times side by side: {'; '.join(part['columns'])}.",
             "",
