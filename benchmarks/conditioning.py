@@ -1,6 +1,6 @@
 """Adapters of the embedded model, trained on one core, and how far they are followed on glyphs that no network ever saw. Resumable.
 
-    python benchmarks/conditioning.py controlnet ip-adapter
+    python benchmarks/conditioning.py controlnet ip-adapter ip-adapter-plus
     python benchmarks/conditioning.py sweep report
 
 Each is measured as a user has it: exported, loaded by Diffusers alone, called on a new rendering of each of the 136 unseen glyphs.
