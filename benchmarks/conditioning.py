@@ -46,7 +46,7 @@ diffusers.utils.logging.set_verbosity_error()
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results" / "conditioning"
 RUNS = ROOT / "outputs" / "conditioning"
-RENDERINGS, SEED, CALLS, GUIDANCE, AT_ONCE = 8, 0, 50, 3.0, 34
+RENDERINGS, SEED, CALLS, GUIDANCE, AT_ONCE, CHOOSING = 8, 0, 50, 3.0, 34, 32
 SCALES, GUIDANCES, SWEPT, FEWER_CALLS, ON_SHEET = (0.0, 0.5, 1.0, 1.5), (1.0, 2.0, 3.0, 5.0), 34, 20, 3
 COMMON: dict[str, Any] = dict(
     batch_size=48, lr_schedule="cosine", warmup_steps=100, save_every=100, evaluate_every=500, device="cpu", cache=RUNS / "cache"
@@ -74,6 +74,11 @@ def unseen(num: int | None = None) -> list[dict[str, Any]]:
     chosen = sorted(glyphs.held_out())[:num]
     made = [glyphs.random_rendering(glyph, np.random.default_rng((SEED, 1, glyph))) for glyph in chosen]
     return [{"image": each.image(), "text": each.caption()} for each in made]
+
+
+def captioned(asked: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """With their captions and without any, by what a row says of it."""
+    return {"": asked, ", without captions": [{"text": ""} for _ in asked]}
 
 
 def draw(pipe: Any, asked: list[dict[str, Any]], inputs: Any, **more: Any) -> list[Image.Image]:
@@ -112,7 +117,7 @@ def trained(name: str, adapter: Any, data: list[dict[str, Any]], train_steps: in
     """Train an adapter, or go on with it; what it took."""
     options = COMMON | dict(train_steps=train_steps, lr=lr, output=RUNS / name)
     start = time.process_time()
-    made = diffx.train(None, adapter, data, objective=objective, held_out=unseen(32), **options)
+    made = diffx.train(None, adapter, data, objective=objective, held_out=unseen(CHOOSING), **options)
     spent = RUNS / name / "minutes.json"  # over all calls that it took
     minutes = (time.process_time() - start) / 60 + (json.loads(spent.read_text()) if spent.exists() else 0.0)
     spent.write_text(json.dumps(minutes))
@@ -153,7 +158,7 @@ def controlnet() -> None:
     row["measures"]["base, guidance 3"] = f1(draw(base, asked, lambda part: {}, guidance_scale=3.0))
     row["measures"]["scale 1, guidance 3"] = f1(draw(pipe, asked, shown, guidance_scale=3.0))
     made: dict[str, list[Image.Image]] = {"edges": control}
-    for words, texts in {"": asked, ", without captions": [{"text": ""} for _ in asked]}.items():
+    for words, texts in captioned(asked).items():
         for scale in (0.5, 1.0, 1.5):
             what = f"scale {scale:g}, guidance 1{words}"
             images = draw(pipe, texts, shown, guidance_scale=1.0, controlnet_conditioning_scale=scale)
@@ -171,14 +176,13 @@ def ip_adapter(name: str, kind: Any, train_steps: int, lr: float) -> None:
     pipe: Any = load_pipeline(device="cpu")
     asked = unseen()
     references = [Image.fromarray(each["image"]) for each in asked]
-    told = {"": asked, ", without captions": [{"text": ""} for _ in asked]}
     row["measures"] = {
         f"base, guidance {GUIDANCE:g}{words}": judged(references, draw(pipe, texts, lambda part: {}, num_inference_steps=FEWER_CALLS))
-        for words, texts in told.items()
+        for words, texts in captioned(asked).items()
     }
     call = shown_references(pipe, name, references)
     made: dict[str, list[Image.Image]] = {"reference": references}
-    for words, texts in told.items():
+    for words, texts in captioned(asked).items():
         for scale, guidance in ((0.5, GUIDANCE), (1.0, GUIDANCE), (1.0, 1.0)):
             what = f"scale {scale:g}, guidance {guidance:g}{words}"
             images = call(texts, scale, guidance)
@@ -340,7 +344,8 @@ def report() -> None:
         f"{CALLS} calls with a ControlNet, {FEWER_CALLS} with an IP-Adapter, which takes one sample a call; seed {SEED}. *True* is the "
         "mean likeness of samples to what they were shown, *shuffled* to what all others were, "
         f"*retrieval* the share that is more like its own than any other (chance {1 / len(glyphs.held_out()):.4f}). *Base* is the model "
-        "without the adapter, *autoencoder* the shown pictures themselves, encoded and decoded.",
+        f"without the adapter, *autoencoder* the shown pictures themselves, encoded and decoded. The first {CHOOSING} of the glyphs chose "
+        "the step that was kept of each run; no training saw any.",
     ]
     for name, (title, _) in PARTS.items():
         file = FOLDER / "parts" / f"{name}.json"

@@ -121,7 +121,7 @@ class Training:
                 except ImportError as error:
                     raise ValueError('optimizer="adamw_8bit" needs the package bitsandbytes, which is not installed') from error
                 made = AdamW8bit(weights, betas=config.adam_betas, **options)
-            case "adamw":  # in one pass over each weight; PyTorch's default makes about ten
+            case "adamw":  # in one pass over each weight
                 made = torch.optim.AdamW(weights, betas=config.adam_betas, fused=True, **options)
         return made
 
