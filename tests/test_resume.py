@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tqdm.auto import tqdm
 from training_parts import CASES, Both, Pictures, Spoilt, exit_code, forked, pipeline, run, training, weights_of
 from typer.testing import CliRunner
 
@@ -269,6 +270,25 @@ def test_no_role_moves_at_a_step_where_one_is_not_finite():
 
 
 # signals
+
+
+def test_a_killed_child_leaves_progress_bars_free():
+    """Children share the lock of tqdm's bars: one that was killed while it drew would stop every later bar of this process."""
+    reader, writer = os.pipe()
+    shared = tqdm.get_lock().locks  # made here, before the child
+
+    def drawing():
+        with tqdm.get_lock():
+            os.write(writer, b".")
+            time.sleep(60)
+
+    process = forked(drawing)
+    os.read(reader, 1)
+    os.kill(process, signal.SIGKILL)
+    assert exit_code(process) == -signal.SIGKILL
+    for lock in shared:
+        assert lock.acquire(timeout=1)
+        lock.release()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,11 +3,13 @@
 import os
 import socket
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tqdm.auto
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -97,6 +99,8 @@ def forked(function, *words) -> int:
     """The number of a process that calls ``function`` and exits with what it returns; it starts at once, unlike a new interpreter."""
     if number := os.fork():
         return number
+    for bars in (tqdm.std.tqdm, tqdm.auto.tqdm):  # the parent's lock would stay taken if this process were killed while it draws
+        bars.set_lock(threading.RLock())
     code = 99  # of an exception
     try:
         code = function(*words) or 0
